@@ -1,0 +1,166 @@
+"""Annotation files -> records: ALBEF/BLIP JSON, Karpathy JSON and csv, one record per picture."""
+
+import csv
+import http.client
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data.errors import InputError
+
+STEMS = {"flickr": "flickr30k", "coco": "coco_karpathy"}
+KARPATHY_NAMES = {"flickr": "flickr30k", "coco": "coco"}
+DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture: its file as the annotations name it, and all its captions, cleaned."""
+
+    image: str
+    captions: tuple[str, ...]
+    image_id: str
+
+
+def clean_caption(text: str, max_words: int = 30) -> str:
+    """Lower-case, the characters .!"()*#:;~ as spaces, single spaces, at most `max_words` words."""
+    return " ".join(PUNCTUATION.sub(" ", text.lower()).split()[:max_words])
+
+
+def read_split(dataset: str, split: str, ann_root: str | Path) -> list[Record]:
+    """Reads one split of a dataset: one record per picture, in the order of the file.
+
+    Args:
+        dataset: flickr, coco, flickr8k, or the stem of the user's own files.
+        split: train, val or test.
+        ann_root: folder with `{stem}_{split}.json`, `dataset_{name}.json`, `{stem}_{split}.csv` or
+            `{stem}.csv`; the first one found is read. flickr and coco are downloaded if none is there.
+
+    Raises:
+        InputError: no such file or folder, nothing downloaded, or a file that is not what it should be.
+    """
+    root = Path(ann_root).expanduser().absolute()
+    stem = STEMS.get(dataset, dataset)
+    own_json = root / f"{stem}_{split}.json"
+    karpathy = root / f"dataset_{KARPATHY_NAMES.get(dataset, dataset)}.json"
+    candidates = [own_json, karpathy, root / f"{stem}_{split}.csv", root / f"{stem}.csv"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None and dataset in STEMS:
+        path = _download(own_json)
+    if path is None:
+        if not root.is_dir():
+            raise InputError(f"no annotation folder {root}; give the folder with --ann_root")
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise InputError(
+            f"no annotations of '{dataset}' in {root}; looked for {names}; give their folder with --ann_root"
+        )
+    if path.suffix == ".csv":
+        return _group(path, _csv_rows(path, split))
+    rows = _karpathy_rows(path, split) if path == karpathy else _json_rows(path)
+    return _group(path, rows)
+
+
+def _download(path: Path) -> Path:
+    url = DOWNLOADS + path.name
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read()
+        json.loads(content)  # a proxy's login page must not be kept as the annotations
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = _one_line(error)
+        raise InputError(
+            f"cannot download {url} ({reason}); put {path.name} into {path.parent} or set --ann_root"
+        ) from error
+    return path
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"broken JSON in {path}, {where}: {error.msg}; repair the file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} ({_one_line(error)}); give a readable UTF-8 file") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple]:
+    """Yields (row number from 1, image, captions, image_id or None), as the other two readers do."""
+    rows = _read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is not a list of rows; give the ALBEF/BLIP form")
+    for number, row in enumerate(rows, 1):
+        image, captions = _field(path, number, row, "image"), _field(path, number, row, "caption")
+        yield number, image, [captions] if isinstance(captions, str) else captions, row.get("image_id")
+
+
+def _karpathy_rows(path: Path, split: str) -> Iterator[tuple]:
+    content = _read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise InputError(f"{path} has no list 'images'; give the Karpathy form")
+    for number, row in enumerate(content["images"], 1):
+        if not _in_split(_field(path, number, row, "split"), split):
+            continue
+        name, sentences = _field(path, number, row, "filename"), _field(path, number, row, "sentences")
+        folder = row.get("filepath", "")
+        if not (isinstance(name, str) and isinstance(folder, str) and isinstance(sentences, list)):
+            raise InputError(f"{path}, row {number}: 'filename' must be a text and 'sentences' a list")
+        captions = [_field(path, number, sentence, "raw") for sentence in sentences]
+        yield number, str(PurePosixPath(folder, name)), captions, None
+
+
+def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
+    has_split = path.stem.endswith(f"_{split}")
+    needed = ["image", "caption"] if has_split else ["image", "caption", "split"]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in needed if name not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns")
+            for number, row in enumerate(reader, 1):
+                if has_split or _in_split(row["split"], split):
+                    yield number, row["image"], [row["caption"]], row.get("image_id")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {path} ({_one_line(error)}); give a UTF-8 csv file") from error
+
+
+def _in_split(name, split: str) -> bool:
+    return name == split or (name == "restval" and split == "train")
+
+
+def _field(path: Path, number: int, row, key: str):
+    if not isinstance(row, dict) or key not in row:
+        raise InputError(f"{path}, row {number}: no '{key}'; every row needs one")
+    return row[key]
+
+
+def _group(path: Path, rows: Iterator[tuple]) -> list[Record]:
+    captions_of, id_of = {}, {}
+    for number, image, captions, image_id in rows:
+        if not isinstance(image, str) or not image:
+            raise InputError(f"{path}, row {number}: 'image' must be the name of a file")
+        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+            raise InputError(f"{path}, row {number}: 'caption' must be a text or a list of texts")
+        captions_of.setdefault(image, []).extend(clean_caption(caption) for caption in captions)
+        id_of.setdefault(image, PurePosixPath(image).stem if image_id is None else str(image_id))
+    if not captions_of:
+        raise InputError(f"no rows of this split in {path}; give a file that has some")
+    return [Record(image, tuple(captions), id_of[image]) for image, captions in captions_of.items()]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,238 @@
+"""Training pairs (one row per caption) and the retrieval set (one row per picture)."""
+
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from data.annotations import Record
+from data.errors import InputError
+from data.transforms import eval_transform
+
+DECODING_THREADS = min(16, os.cpu_count() or 1)
+
+
+def find_images(records: list[Record], image_root: str | Path) -> list[Path]:
+    """The picture file of each record: N records -> N paths, all of which exist.
+
+    `image_root` may be the folder the annotations' names start from, or already contain their first folders.
+
+    Raises:
+        InputError: no such folder, or pictures that are not there.
+    """
+    root = Path(image_root).expanduser().absolute()
+    if not root.is_dir():
+        raise InputError(f"no image folder {root}; give the folder of the pictures with --image_root")
+    names = [PurePosixPath(record.image).parts for record in records]
+    # The first picture found tells how many leading folders the root already contains.
+    depths = ((parts, depth) for parts in names for depth in range(len(parts)))
+    skipped = next((depth for parts, depth in depths if root.joinpath(*parts[depth:]).is_file()), 0)
+    paths = [root.joinpath(*(parts[skipped:] or parts[-1:])) for parts in names]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(paths)} pictures are missing, the first is {missing[0]}; "
+            "give their folder with --image_root"
+        )
+    return paths
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decodes a picture of any mode into PIL RGB; transparent parts become white.
+
+    Raises:
+        InputError: the file is missing, broken or cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(image)
+    except Exception as error:  # decoders fail on broken files with almost any exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"cannot read picture {Path(path).absolute()} ({reason}); replace it or use --skip_broken"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: Pillow's conversion clips instead of scaling
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def drop_unreadable(records: list[Record], paths: list[Path]) -> tuple[list[Record], list[Path], list[Path]]:
+    """Decodes every picture once; returns the readable records and paths, and the paths left out."""
+
+    def is_readable(path):
+        try:
+            read_image(path)
+        except InputError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        readable = list(pool.map(is_readable, paths))
+    kept = [i for i, good in enumerate(readable) if good]
+    dropped = [path for path, good in zip(paths, readable, strict=True) if not good]
+    return [records[i] for i in kept], [paths[i] for i in kept], dropped
+
+
+class PairDataset(Dataset):
+    """Training pairs, one row per caption: item `row` is (image uint8 [3, H, W], row).
+
+    Attributes:
+        captions: the captions of all rows, the captions of one picture next to each other.
+        row_to_image: index of each row's picture in `paths`, int64 [rows].
+    """
+
+    def __init__(self, records: list[Record], paths: list[Path], transform):
+        self.paths = paths
+        self.transform = transform
+        self.captions, self.row_to_image = _flatten_captions(records)
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.transform(read_image(self.paths[self.row_to_image[row]])), row
+
+
+def _flatten_captions(records):
+    captions = [caption for record in records for caption in record.captions]
+    counts = torch.tensor([len(record.captions) for record in records], dtype=torch.long)
+    return captions, torch.repeat_interleave(torch.arange(len(records)), counts)
+
+
+def pair_loader(
+    dataset: PairDataset, batch_size: int, seed: int, num_workers: int, drop_last: bool = False
+) -> "PairLoader":
+    """Shuffled batches (images uint8 [B, 3, H, W], rows int64 [B]), in another order each epoch.
+
+    Order and augmentation depend on `seed` and on how many epochs came before, not on `num_workers`;
+    the process's own random state stays as it is. Iterating raises InputError at an unreadable picture.
+    """
+    return PairLoader(dataset, batch_size, seed, num_workers, drop_last)
+
+
+class PairLoader:
+    """See `pair_loader`. `epoch` is the number of the next epoch, from 0; set it to resume."""
+
+    def __init__(self, dataset, batch_size, seed, num_workers, drop_last):
+        self.epoch = 0
+        self.sampler = _SeededSampler(len(dataset), seed)
+        self.loader = DataLoader(
+            _SeededItems(dataset),
+            batch_size,
+            sampler=self.sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            drop_last=drop_last,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # otherwise the loader draws from the process's own
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.sampler.epoch = self.epoch
+        self.epoch += 1
+        for batch in self.loader:
+            if isinstance(batch, InputError):
+                # A new one: raising `batch` itself would tie it, this frame and the workers into a cycle.
+                raise InputError(*batch.args)
+            yield batch
+
+
+class _SeededSampler(Sampler):
+    """Yields (row, seed of its augmentation), so that it does not matter which worker takes the row."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self):
+        return self.rows
+
+    def __iter__(self):
+        # A text seeds through a hash: seed 0, epoch 1 and seed 1, epoch 0 have nothing in common.
+        mixed = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
+        generator = torch.Generator().manual_seed(mixed)
+        order = torch.randperm(self.rows, generator=generator)
+        seeds = torch.randint(2**32, (self.rows,), generator=generator)
+        return zip(order.tolist(), seeds.tolist(), strict=True)
+
+
+class _SeededItems(Dataset):
+    """Items by (row, seed). An InputError is returned: raised in a worker, it would become a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        row, seed = key
+        try:
+            with _fixed_randomness(seed):
+                return self.dataset[row]
+        except InputError as error:
+            return error
+
+
+def _collate(items):
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return error or tuple(default_collate(items))
+
+
+@contextmanager
+def _fixed_randomness(seed):
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass
+class RetrievalSet:
+    """Pictures uint8 [N, 3, H, W], the captions of all of them, and each caption's picture int64 [C]."""
+
+    images: torch.Tensor
+    captions: list[str]
+    caption_to_image: torch.Tensor
+
+
+def load_retrieval_set(records: list[Record], paths: list[Path], image_size: int) -> RetrievalSet:
+    """Reads a whole split into memory. Raises InputError at an unreadable picture."""
+    return RetrievalSet(load_images(paths, image_size), *_flatten_captions(records))
+
+
+def load_images(paths: list[Path], image_size: int) -> torch.Tensor:
+    """N picture files -> uint8 [N, 3, image_size, image_size], test transform. Raises InputError."""
+    transform = eval_transform(image_size)
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+
+    def load(i):
+        images[i] = transform(read_image(paths[i]))
+
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        list(pool.map(load, range(len(paths))))
+    return images

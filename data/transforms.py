@@ -1,0 +1,61 @@
+"""Train and test transforms (PIL picture -> uint8 tensor), normalisation and its inverse."""
+
+import torch
+from timm.data.auto_augment import RandAugment, rand_augment_ops
+from torchvision.transforms import InterpolationMode, v2
+
+RAND_AUGMENT_OPS = [
+    "AutoContrast",
+    "Equalize",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+    "Rotate",
+]
+MAX_TRANSLATION = 10 / 224  # of the picture's side at magnitude 10; timm's own 0.45 would push objects out
+
+
+def _identity(image):
+    return image
+
+
+def train_transform(image_size: int, no_aug: bool = False):
+    """Random crop, flip and RandAugment: PIL RGB picture -> uint8 [3, image_size, image_size].
+
+    It draws from the modules torch, random and numpy. With `no_aug` it is `eval_transform`.
+    """
+    if no_aug:
+        return eval_transform(image_size)
+    hparams = {"translate_pct": MAX_TRANSLATION, "img_mean": (128, 128, 128)}
+    ops = rand_augment_ops(magnitude=5, prob=0.5, hparams=hparams, transforms=RAND_AUGMENT_OPS)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            RandAugment([*ops, _identity], num_layers=2),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def eval_transform(image_size: int):
+    """Resize to the square, bicubic: PIL RGB picture -> uint8 [3, image_size, image_size]."""
+    size = (image_size, image_size)
+    return v2.Compose([v2.Resize(size, interpolation=InterpolationMode.BICUBIC), v2.PILToTensor()])
+
+
+def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
+    """uint8 [..., 3, H, W] in 0..255 -> float32 of the same shape, (images / 255 - mean) / std."""
+    return (images.float() / 255 - _channels(mean, images)) / _channels(std, images)
+
+
+def denormalize(images: torch.Tensor, mean, std) -> torch.Tensor:
+    """Normalised float [..., 3, H, W] -> float in [0, 1], clamped: the inverse of `normalize`."""
+    return (images * _channels(std, images) + _channels(mean, images)).clamp(0, 1)
+
+
+def _channels(values, images):
+    return torch.tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1)

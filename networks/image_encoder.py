@@ -1,0 +1,114 @@
+"""Image encoders: timm models by name, without their classifier."""
+
+import difflib
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from data.errors import InputError
+
+# The names of the paper and of the released scripts, and the timm models they stand for.
+SHORT_NAMES = {
+    "nfnet": "nfnet_l0",
+    "nf_resnet50": "nf_resnet50",
+    "nf_regnet": "nf_regnet_b1",
+    "vit": "vit_tiny_patch16_224",
+    "vit_tiny": "vit_tiny_patch16_224",
+    "clip": "vit_base_patch32_clip_224.openai",
+}
+
+
+class ImageEncoder(nn.Module):
+    """A timm model that maps normalised pixels to pooled features.
+
+    Batch normalisation always uses its stored statistics: running statistics move outside the
+    trajectory of parameters, so a student could not follow an expert that updates them.
+    Attention runs unfused, because the fused kernels cannot be differentiated twice.
+
+    Attributes:
+        width: number of features D.
+        mean, std: the normalisation that the weights were trained with, three floats each.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.width = model.num_features
+        config = resolve_model_data_config(model)
+        self.mean = tuple(float(v) for v in config["mean"])
+        self.std = tuple(float(v) for v in config["std"])
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, images):  # [B, 3, H, W]
+        return self.model(images)  # [B, D]
+
+
+def build_image_encoder(
+    name: str,
+    image_size: int,
+    pretrained: bool = True,
+    checkpoint: str | None = None,
+    kwargs: dict | None = None,
+) -> ImageEncoder:
+    """Builds the encoder `name`: a short name of the paper or any timm model.
+
+    Args:
+        image_size: side of the square input in pixels; models with a fixed input size are built for it.
+        pretrained: load timm's published weights (downloaded on first use). Ignored with `checkpoint`.
+        checkpoint: safetensors or weights-only torch file with the state dict of the headless model.
+        kwargs: further arguments of `timm.create_model`.
+
+    Raises:
+        InputError: unknown name, arguments or sizes the model refuses, weights that cannot be had.
+    """
+    timm_name = SHORT_NAMES.get(name, name)
+    if not timm.is_model(timm_name.split(".")[0]):
+        raise InputError(f"unknown image encoder '{name}'{_nearest(timm_name)}")
+    kwargs = dict(kwargs or {})
+    if getattr(timm.get_pretrained_cfg(timm_name), "fixed_input_size", False):
+        kwargs.setdefault("img_size", image_size)
+    download = pretrained and checkpoint is None
+    try:
+        model = timm.create_model(timm_name, pretrained=download, num_classes=0, **kwargs)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (OSError, RuntimeError, TypeError, AssertionError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+        advice = (
+            "check the name's weights and the network, or give --image_checkpoint"
+            if download
+            else ("check --image_size and --image_kwargs")
+        )
+        raise InputError(f"cannot build image encoder '{name}' for {image_size} px ({reason}); {advice}") from error
+    if checkpoint is not None:
+        _load_checkpoint(model, name, checkpoint)
+    return ImageEncoder(model)
+
+
+def _load_checkpoint(model: nn.Module, name: str, path: str) -> None:
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise InputError(f"image checkpoint {path} does not exist; check --image_checkpoint") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"image checkpoint {path} does not fit '{name}': {reason}") from error
+
+
+def _nearest(name: str) -> str:
+    names = [*SHORT_NAMES, *timm.list_models()]
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(found)}?" if found else "; see timm.list_models()"

@@ -1,0 +1,98 @@
+"""Frozen text encoders: Hugging Face models by id or folder; captions in, embeddings out."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import transformers
+
+from data.errors import InputError
+
+SHORT_NAMES = {
+    "bert": "bert-base-uncased",
+    "distilbert": "distilbert-base-uncased",
+    "clip": "openai/clip-vit-base-patch32",
+    "demo": str(Path(__file__).parent / "demo_bert"),
+}
+NO_WEIGHTS = {"demo"}  # a configuration and a vocabulary alone: always drawn from the fixed seed
+RANDOM_WEIGHTS_SEED = 0
+MAX_TOKENS = 77  # 30 words fit; the longest CLIP takes
+
+
+class TextEncoder:
+    """A frozen text encoder in evaluation mode.
+
+    CLIP gives its pooled, projected text embedding. Other models give the last hidden state of the
+    first token (`pooling="cls"`) or its mean over the caption's tokens (`pooling="mean"`).
+
+    Args:
+        name: short name, Hugging Face id, or a folder with config, tokenizer and weights.
+        pooling: "cls" or "mean"; without effect on CLIP.
+        pretrained: False draws the weights from a fixed seed.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+
+    def __init__(self, name: str, pooling: str = "cls", pretrained: bool = True, device="cpu"):
+        self.name = name
+        self.pooling = pooling
+        self.device = torch.device(device)
+        source = SHORT_NAMES.get(name, name)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+            self.is_clip = config.model_type in ("clip", "clip_text_model")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"cannot load text encoder '{name}' ({reason}); give one of {', '.join(SHORT_NAMES)}, "
+                "a Hugging Face id that can be downloaded, or a local folder"
+            ) from error
+        self.model = model.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, source, config, pretrained):
+        auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
+        if pretrained:
+            return auto.from_pretrained(source)
+        if self.is_clip:
+            config = getattr(config, "text_config", config)
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_WEIGHTS_SEED)
+            return auto(config) if self.is_clip else auto.from_config(config)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the pooling, the vocabulary and every weight: the same digest, the same embeddings."""
+        digest = hashlib.sha256(f"{self.pooling} {self.is_clip}".encode())
+        digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, captions: list[str], batch_size: int = 256) -> torch.Tensor:
+        """Embeds captions: list of N strings -> float32 [N, D] on the CPU."""
+        embeddings = []
+        for first in range(0, len(captions), batch_size):
+            tokens = self.tokenizer(
+                captions[first : first + batch_size],
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            ).to(self.device)
+            embeddings.append(self._pool(tokens).float().cpu())
+        return torch.cat(embeddings)
+
+    def _pool(self, tokens):
+        output = self.model(**tokens)
+        if self.is_clip:
+            return output.text_embeds
+        if self.pooling == "cls":
+            return output.last_hidden_state[:, 0]
+        mask = tokens["attention_mask"].unsqueeze(-1)  # [B, L, 1]
+        return (output.last_hidden_state * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,201 @@
+"""Command lines: flags that scripts share, booleans, flags kept for compatibility, one-line errors."""
+
+import argparse
+import ast
+import difflib
+import functools
+import os
+import sys
+
+import torch
+
+from data.errors import InputError
+
+# Accepted by the released scripts and used by none of them.
+UNUSED_FLAGS = (
+    *("basis", "batch_size_train", "batch_train", "canvas_samples", "canvas_size", "data_path", "distill", "dsa"),
+    *("dsa_strategy", "eval_mode", "force_save", "grounding", "ipc", "k_test", "load_all", "load_npy", "margin"),
+    *("max_violation", "measure", "n_basis", "only_has_image_projection", "optimize", "recursive", "save_interval"),
+    *("text_trainable", "texture", "transfer", "zca"),
+)
+
+# What `--dataset demo` changes: encoders that need no download, and settings found to work on it.
+DEMO_DEFAULTS = {
+    "image_root": "demo_data",
+    "ann_root": "demo_data",
+    "image_encoder": "test_nfnet",
+    "image_pretrained": False,
+    "text_encoder": "demo",
+    "text_pooling": "mean",
+    "image_size": 64,
+    "num_workers": 0,
+    "no_aug": True,  # a flipped picture would make "left of" wrong
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags by their full names; an error is one line and exit code 2."""
+
+    def __init__(self, **kwargs):
+        formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+        self.add_argument("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_bool(self, name: str, default: bool, help: str):
+        """--name, --name True, --name=false, --no_name."""
+        group = self.add_mutually_exclusive_group()
+        group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, help=help)
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+    def parse(self, argv=None, defaults=None) -> argparse.Namespace:
+        """Parses the command line; exits with code 2 and one line where it is wrong.
+
+        Args:
+            defaults: function from what was parsed to a dict of other defaults; then it is parsed again.
+        """
+        unused = [name for name in UNUSED_FLAGS if f"--{name}" not in self._option_string_actions]
+        for name in unused:
+            self.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+        argv = sys.argv[1:] if argv is None else list(argv)
+        if self._dataset(argv) == "demo":
+            known = {action.dest for action in self._actions}
+            self.set_defaults(**{name: value for name, value in DEMO_DEFAULTS.items() if name in known})
+        args, unknown = self.parse_known_args(argv)
+        if defaults and not unknown:
+            self.set_defaults(**defaults(args))
+            args = self.parse_args(argv)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+        given = [name for name in unused if getattr(args, name) is not None]
+        if given:
+            print(f"warning: without effect, as in the released scripts: {' '.join('--' + name for name in given)}")
+        for name in unused:
+            delattr(args, name)
+        if "image_kwargs" in args:
+            args.image_kwargs = dict(args.image_kwargs or [])
+        return args
+
+    def _dataset(self, argv):
+        dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        dataset.add_argument("--dataset", nargs="?")
+        return dataset.parse_known_args(argv)[0].dataset
+
+    def _nearest(self, flag):
+        visible = [o for a in self._actions if a.help != argparse.SUPPRESS for o in a.option_strings]
+        found = difflib.get_close_matches(flag.split("=")[0], visible, n=1)
+        return f"; did you mean {found[0]}?" if found else "; see --help"
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+
+
+def number(kind, least=None, above=None, below=None):
+    """An argparse type: int or float within least <= x, above < x, x < below."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
+        if value != value or (least is not None and value < least):
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above}")
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f"{text} must be below {below}")
+        return value
+
+    return parse
+
+
+count = number(int, least=1)
+rate = number(float, least=0)
+positive = number(float, above=0)
+
+
+def key_value(text: str) -> tuple:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"'{text}' is not key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def add_data_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--image_root", default="./Flickr30k/flickr-image-dataset/flickr30k-images/", help="folder of the pictures")
+    add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files")
+    add("--image_size", type=count, default=224, help="side of the square input in pixels")
+    parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
+    add("--cache_dir", default="cache", help="folder for cached caption embeddings")
+    add("--num_workers", type=number(int, least=0), default=min(8, os.cpu_count() or 1), help="loader processes")
+    add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
+
+
+def add_network_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--image_encoder", default="nfnet", help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model")
+    parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
+    parser.add_bool("image_trainable", True, "train the image encoder, not the text projection alone")
+    add("--image_checkpoint", help="file with the image encoder's weights (safetensors or torch)")
+    add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
+    add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
+    parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
+    add(
+        "--text_pooling", choices=("cls", "mean"), default="cls", help="first token, or mean over tokens (not for CLIP)"
+    )
+    add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss")
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--num_eval", type=count, default=5, help="fresh networks per evaluation")
+    add("--epoch_eval_train", type=count, default=50, help="epochs a fresh network trains on the set")
+    add("--batch_train", type=count, default=64, help="pairs per batch of a fresh network")
+
+
+def add_run_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="the same seed gives the same numbers on a CPU")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+
+
+def add_log_flags(parser: Parser) -> None:
+    parser.add_argument("--name", help="name of the wandb run")
+    parser.add_bool("disabled_wandb", False, "log to metrics.jsonl only")
+
+
+def one_line_errors(main):
+    """Turns an error that is the user's to mend into one line and exit code 2."""
+
+    @functools.wraps(main)
+    def guarded(argv=None) -> int:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except torch.cuda.OutOfMemoryError:
+            print(
+                "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --mini_batch_size (distill.py), "
+                "--batch_train (evaluation) or --image_size",
+                file=sys.stderr,
+            )
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+    return guarded

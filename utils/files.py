@@ -1,0 +1,51 @@
+"""Safetensors files that are written whole or not at all, with JSON in their metadata."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data.errors import InputError
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Writes `tensors` and JSON-able `metadata` to `path` by way of a temporary name.
+
+    Raises:
+        InputError: the file cannot be written (disk full, no permission). What stood there before remains.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+
+def open_tensors(path: str | Path, kind: str):
+    """Opens a safetensors file lazily and reads its metadata.
+
+    Returns:
+        (handle, metadata): `handle.get_tensor(name)` reads one tensor; `kind` is what the errors call the file.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of ours.
+    """
+    try:
+        handle = safe_open(path, "pt")
+        metadata = {key: json.loads(value) for key, value in (handle.metadata() or {}).items()}
+    except FileNotFoundError as error:
+        raise InputError(f"{kind} {path} does not exist") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{kind} {path} is damaged or not a safetensors file ({reason}); make it again") from error
+    if metadata.get("kind") != kind:
+        raise InputError(f"{path} is not a {kind}: its metadata says {metadata.get('kind', 'nothing')}")
+    return handle, metadata

@@ -1,0 +1,84 @@
+"""Where numbers go: wandb (online, offline or off) and metrics.jsonl in the run folder."""
+
+import json
+import netrc
+import os
+from pathlib import Path
+
+from data.errors import InputError
+
+PROJECT = "DatasetDistillation"
+
+
+class Log:
+    """One run's log. Every call appends the numbers to metrics.jsonl; media go to wandb alone.
+
+    Args:
+        folder: the run folder, made if missing.
+        settings: the command line's values, shown on the dashboard.
+        name: of the wandb run; None lets wandb choose.
+        disabled_wandb: log to metrics.jsonl only.
+
+    Raises:
+        InputError: wandb is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.run = None if disabled_wandb else _start_wandb(folder, settings, name)
+
+    def __call__(self, values: dict, step: int) -> None:
+        """Logs scalars (floats, or None for not measured) at `step`."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.run:
+            self.run.log(values, step=step)
+
+    def media(self, step: int, pictures: dict | None = None, texts: dict | None = None, histograms: dict | None = None):
+        """Shows PIL pictures, lists of sentences and tensors' histograms on the dashboard."""
+        if not self.run:
+            return
+        import wandb
+
+        shown = {name: wandb.Image(picture) for name, picture in (pictures or {}).items()}
+        shown |= {name: wandb.Html("<br>".join(lines)) for name, lines in (texts or {}).items()}
+        shown |= {name: wandb.Histogram(values.float().cpu().numpy()) for name, values in (histograms or {}).items()}
+        self.run.log(shown, step=step)
+
+    def finish(self) -> None:
+        self.file.close()
+        if self.run:
+            self.run.finish()
+            if self.run.settings.mode == "offline":
+                print(f"wandb ran offline; to upload: wandb sync {Path(self.run.dir).parent}")
+
+
+def _start_wandb(folder: Path, settings: dict, name: str | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("wandb is not installed; pip install wandb, or pass --disabled_wandb") from error
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    try:
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=name,
+            config=settings,
+            dir=folder,
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"wandb could not start ({reason}); set WANDB_MODE=offline or pass --disabled_wandb"
+        ) from error
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,68 @@
+"""From a command line to data and models: the only place beside the scripts that reads `args`."""
+
+from pathlib import Path
+
+import torch
+
+from data.annotations import Record, read_split
+from data.demo import make_demo
+from data.errors import InputError
+from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_retrieval_set
+from data.text_cache import embed_captions
+from data.transforms import train_transform
+from networks.clip_model import ModelFactory
+from networks.image_encoder import build_image_encoder
+from networks.text_encoder import TextEncoder
+
+
+def find_device(args) -> torch.device:
+    """The device of --device. Raises InputError if it is not there."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def find_split(args, split: str) -> tuple[list[Record], list[Path]]:
+    """The records of a split and their picture files, without opening a picture (but see --skip_broken)."""
+    if args.dataset == "demo":
+        make_demo(Path(args.ann_root))
+    records = read_split(args.dataset, split, args.ann_root)
+    paths = find_images(records, args.image_root)
+    if args.skip_broken:
+        records, paths, dropped = drop_unreadable(records, paths)
+        if dropped:
+            print(f"warning: left out {len(dropped)} unreadable pictures of {split}, the first is {dropped[0]}")
+        if not records:
+            raise InputError(f"no readable picture in {split}; check --image_root")
+    return records, paths
+
+
+def make_text_encoder(args) -> TextEncoder:
+    return TextEncoder(args.text_encoder, args.text_pooling, args.text_pretrained, find_device(args))
+
+
+def training_pairs(args, split, text_encoder) -> tuple[PairDataset, torch.Tensor]:
+    """Pairs, one row per caption, and the captions' embeddings [rows, D_text]; `split` from `find_split`."""
+    dataset = PairDataset(*split, train_transform(args.image_size, args.no_aug))
+    return dataset, embed_captions(dataset.captions, text_encoder, args.cache_dir)
+
+
+def retrieval_pairs(args, split, text_encoder) -> tuple[RetrievalSet, torch.Tensor]:
+    """A retrieval set and its captions' embeddings [C, D_text]; `split` from `find_split`."""
+    retrieval_set = load_retrieval_set(*split, args.image_size)
+    return retrieval_set, embed_captions(retrieval_set.captions, text_encoder, args.cache_dir)
+
+
+def make_factory(args, text_dim: int) -> ModelFactory:
+    """Gives fresh models with the encoders of the command line."""
+
+    def build():
+        return build_image_encoder(
+            args.image_encoder, args.image_size, args.image_pretrained, args.image_checkpoint, args.image_kwargs
+        )
+
+    starts_pretrained = args.image_pretrained or args.image_checkpoint is not None
+    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, find_device(args))

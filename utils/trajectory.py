@@ -1,0 +1,151 @@
+"""Expert trajectories on disk: one file per expert, one snapshot of every trained parameter per epoch."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from data.errors import InputError
+from utils.files import open_tensors, save_tensors
+
+KIND = "expert trajectory"
+MUST_AGREE = ("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable")
+
+
+def buffer_folder(buffer_path: str | Path, settings: dict) -> Path:
+    """Where experts are written: buffer_path / dataset / image encoder / text encoder."""
+    names = (str(settings[key]).strip("/").replace("/", "--") for key in ("dataset", "image_encoder", "text_encoder"))
+    return Path(buffer_path).joinpath(*names)
+
+
+def expert_path(folder: Path, number: int) -> Path:
+    return folder / f"expert_{number:03d}.safetensors"
+
+
+def save_trajectory(path, snapshots: list[dict[str, torch.Tensor]], settings: dict, recalls: list[dict]) -> None:
+    """Writes the snapshots θ*_0 … θ*_E of one expert.
+
+    Args:
+        snapshots: per epoch the trained parameters by name, before training first.
+        settings: of the run that trained it, JSON-able.
+        recalls: validation recalls after each epoch.
+    """
+    tensors = {f"{epoch}/{name}": value for epoch, snapshot in enumerate(snapshots) for name, value in snapshot.items()}
+    metadata = {"kind": KIND, "settings": settings, "recalls": recalls, "num_snapshots": len(snapshots)}
+    save_tensors(path, tensors, metadata)
+
+
+class Trajectory:
+    """One expert's file; reads single snapshots.
+
+    Attributes:
+        num_snapshots: epochs + 1.
+        settings, recalls: as given to `save_trajectory`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.handle, metadata = open_tensors(path, KIND)
+        self.settings, self.recalls = metadata["settings"], metadata["recalls"]
+        self.num_snapshots = metadata["num_snapshots"]
+        self.keys = list(self.handle.keys())
+
+    def names(self) -> set[str]:
+        return {key.partition("/")[2] for key in self.keys}
+
+    def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
+        """θ*_epoch by parameter name, on the CPU."""
+        prefix = f"{epoch}/"
+        return {key[len(prefix) :]: self.handle.get_tensor(key) for key in self.keys if key.startswith(prefix)}
+
+
+class ReleasedTrajectory:
+    """One trajectory of the authors' released layout: lists of parameters in the order of the module.
+
+    `img_replay_buffer_n.pt` holds trajectories, each a list of snapshots, each a list of tensors;
+    `txt_replay_buffer_n.pt` the same for the text projection. Read memory-mapped, weights only.
+    """
+
+    settings, recalls = {}, []
+
+    def __init__(self, path: Path, image_snapshots: list, text_snapshots: list, names: list[str]):
+        self.path, self.ordered_names = path, names
+        self.image_snapshots, self.text_snapshots = image_snapshots, text_snapshots
+        self.num_snapshots = min(len(image_snapshots), len(text_snapshots))
+
+    def names(self) -> set[str]:
+        stored = len(self.image_snapshots[0]) + len(self.text_snapshots[0])
+        return set(self.ordered_names) if stored == len(self.ordered_names) else {f"{stored} unnamed parameters"}
+
+    def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
+        values = [*self.image_snapshots[epoch], *self.text_snapshots[epoch]]
+        return dict(zip(self.ordered_names, values, strict=True))
+
+
+def find_trajectories(
+    buffer_path: str | Path,
+    settings: dict,
+    parameters: dict[str, torch.Tensor],
+    max_files: int | None = None,
+    max_experts: int | None = None,
+) -> list[Trajectory | ReleasedTrajectory]:
+    """Opens every expert in the buffer, in our layout or the released one.
+
+    Args:
+        buffer_path: the folder given to buffer.py, or the one the files lie in.
+        settings: of this run; an expert made with other encoders or sizes is refused.
+        parameters: the trained parameters of the model that will follow, image tower first.
+        max_files: read at most so many files.
+        max_experts: read at most so many experts of each file (the released layout packs several).
+
+    Raises:
+        InputError: no expert in any of the folders tried, a damaged file, or one that does not fit.
+    """
+    full = buffer_folder(buffer_path, settings)
+    folders = list(dict.fromkeys([full, full.parent.parent, Path(buffer_path)]))
+    for folder in folders:
+        found = [Trajectory(path) for path in sorted(folder.glob("expert_*.safetensors"))[:max_files]]
+        if not found:
+            found = _read_released(folder, list(parameters), max_files, max_experts)
+        if found:
+            for trajectory in found:
+                _check_fit(trajectory, settings, parameters)
+            return found
+    tried = ", ".join(str(folder) for folder in folders)
+    raise InputError(f"no expert found in --buffer_path (tried {tried}); run buffer.py with the same encoders first")
+
+
+def _read_released(folder: Path, names, max_files, max_experts) -> list[ReleasedTrajectory]:
+    found = []
+    for image_path in sorted(folder.glob("img_replay_buffer_*.pt"))[:max_files]:
+        text_path = image_path.with_name(image_path.name.replace("img", "txt", 1))
+        try:
+            images = torch.load(image_path, weights_only=True, mmap=True, map_location="cpu")
+            texts = torch.load(text_path, weights_only=True, mmap=True, map_location="cpu")
+            experts = list(zip(images, texts, strict=True))[:max_experts]
+            found += [ReleasedTrajectory(image_path, image, text, names) for image, text in experts]
+        except (OSError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"expert {image_path} or {text_path.name} cannot be read ({reason})") from error
+    return found
+
+
+def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) -> None:
+    for key in MUST_AGREE:
+        stored = trajectory.settings.get(key, settings[key])
+        if stored != settings[key]:
+            raise InputError(
+                f"expert {trajectory.path} was trained with {key}={stored}, this run has {key}={settings[key]}; "
+                "give the same value or another --buffer_path"
+            )
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    stored = (
+        {name: tuple(value.shape) for name, value in trajectory.snapshot(0).items()}
+        if trajectory.names() == set(shapes)
+        else {}
+    )
+    if stored != shapes:
+        raise InputError(
+            f"expert {trajectory.path} holds other parameters than this run's model trains "
+            f"({len(trajectory.names())} against {len(shapes)}, or of other shapes); use the encoders it was made with"
+        )
