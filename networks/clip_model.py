@@ -4,7 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.errors import InputError
 from networks.image_encoder import ImageEncoder
+from networks.lora import Lora, add_lora, base_digest, reset_lora
+
+BASE_SEED = 0  # of encoders without weights to load; what adapters of several experts share must not vary
 
 
 class ProjectionHead(nn.Module):
@@ -55,11 +59,24 @@ def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def count_parameters(model: CLIPModel) -> dict[str, int | float]:
+    """Numbers of trained and of full (without adapters) parameters, reduction in per cent; both towers, and image."""
+    counts = {}
+    for tower, prefix in (("", ""), ("image_", "image_encoder.")):
+        named = [(name, p) for name, p in model.named_parameters() if name.startswith(prefix)]
+        trained = sum(p.numel() for _, p in named if p.requires_grad)
+        full = sum(p.numel() for name, p in named if ".parametrizations.weight.0." not in name)
+        counts |= {f"{tower}parameters_trained": trained, f"{tower}parameters_full": full}
+        counts[f"{tower}reduction_percent"] = round(100 * (1 - trained / full), 2)
+    return counts
+
+
 class ModelFactory:
     """Gives fresh models one after another without building or reading an encoder again.
 
     With pretrained weights every model starts at them and only the text projection is drawn anew;
-    without, the image encoder is drawn anew too.
+    without, the image encoder is drawn anew too. With `lora` the frozen weights are always the same ones (drawn
+    from a fixed seed if there are none to load) and the adapters are drawn anew.
 
     Args:
         build_encoder: function without arguments that returns an `ImageEncoder`.
@@ -67,16 +84,44 @@ class ModelFactory:
         text_dim: width of the text embeddings.
         image_trainable: whether the image tower trains.
         device: where the models live.
+        lora: how the image encoder is adapted; None trains its own weights.
+
+    Attributes:
+        base: digest of the weights under the adapters, None without `lora`.
+
+    Raises:
+        InputError: `lora` does not fit the encoder, or the image tower shall not train.
     """
 
-    def __init__(self, build_encoder, starts_pretrained, text_dim, image_trainable=True, device="cpu"):
+    def __init__(
+        self, build_encoder, starts_pretrained, text_dim, image_trainable=True, device="cpu", lora: Lora | None = None
+    ):
+        if lora and not image_trainable:
+            raise InputError("adapters train the image encoder; give either --lora_rank or --image_trainable False")
         self.build_encoder = build_encoder
-        self.starts_pretrained = starts_pretrained
+        self.starts_pretrained = starts_pretrained or lora is not None
         self.text_dim = text_dim
         self.image_trainable = image_trainable
         self.device = torch.device(device)
-        self.encoder = build_encoder()
+        self.lora = lora
+        with torch.random.fork_rng():
+            torch.manual_seed(BASE_SEED)
+            self.encoder = self._build()
+        self.base = base_digest(self.encoder) if lora else None
         self.start = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+
+    @property
+    def trains(self) -> str:
+        """What trains in the image tower, for tables."""
+        if not self.image_trainable:
+            return "the text projection alone"
+        return str(self.lora) if self.lora else "the whole image encoder"
+
+    def _build(self) -> ImageEncoder:
+        encoder = self.build_encoder().requires_grad_(self.image_trainable)
+        if self.lora:
+            add_lora(encoder, self.lora)
+        return encoder
 
     def fresh(self, seed: int) -> CLIPModel:
         """A model in its initial state for `seed`. It shares storage with the model given before."""
@@ -84,9 +129,9 @@ class ModelFactory:
             torch.manual_seed(seed)
             if self.starts_pretrained:
                 self.encoder.load_state_dict(self.start)
+                reset_lora(self.encoder)
             else:
-                self.encoder = self.build_encoder()
+                self.encoder = self._build()
             projection = ProjectionHead(self.text_dim, self.encoder.width)
-        self.encoder.requires_grad_(self.image_trainable)
         model = CLIPModel(self.encoder, projection).to(self.device, memory_format=torch.channels_last)
         return model.train()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
+from networks.lora import ALSO_TRAIN
 
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (
@@ -91,7 +92,16 @@ class Parser(argparse.ArgumentParser):
             delattr(args, name)
         if "image_kwargs" in args:
             args.image_kwargs = dict(args.image_kwargs or [])
+            self._complete_lora(args)
         return args
+
+    def _complete_lora(self, args):
+        defaults = {"lora_alpha": float(args.lora_rank or 0), "lora_layers": "attn", "lora_train": "none"}
+        for name, default in defaults.items():
+            if args.lora_rank is None and getattr(args, name) is not None:
+                self.error(f"--{name} is without effect without --lora_rank")
+            if args.lora_rank is not None and getattr(args, name) is None:
+                setattr(args, name, default)
 
     def _dataset(self, argv):
         dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -171,6 +181,10 @@ def add_network_flags(parser: Parser) -> None:
         "--text_pooling", choices=("cls", "mean"), default="cls", help="first token, or mean over tokens (not for CLIP)"
     )
     add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss")
+    add("--lora_rank", type=count, help="train low-rank updates of the image encoder's weights in their place")
+    add("--lora_alpha", type=positive, help="updates are scaled by alpha / rank; the rank if not given")
+    add("--lora_layers", help="attn (if not given), attn+mlp, all, or a regular expression on layer names")
+    add("--lora_train", choices=ALSO_TRAIN, help="what trains beside the low-rank updates; none if not given")
 
 
 def add_evaluation_flags(parser: Parser) -> None:
@@ -178,6 +192,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--num_eval", type=count, default=5, help="fresh networks per evaluation")
     add("--epoch_eval_train", type=count, default=50, help="epochs a fresh network trains on the set")
     add("--batch_train", type=count, default=64, help="pairs per batch of a fresh network")
+    parser.add_bool("eval_full", False, "fresh networks train whole, not by low-rank updates")
 
 
 def add_run_flags(parser: Parser) -> None:
