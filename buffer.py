@@ -17,7 +17,15 @@ from networks.clip_model import trained_parameters
 from utils import cli
 from utils.log import Log
 from utils.retrieval import evaluate_retrieval
-from utils.setup import find_device, find_split, make_factory, make_text_encoder, retrieval_pairs, training_pairs
+from utils.setup import (
+    describe_training,
+    find_device,
+    find_split,
+    make_factory,
+    make_text_encoder,
+    retrieval_pairs,
+    training_pairs,
+)
 from utils.training import make_optimizer, train_epoch
 from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajectory
 
@@ -25,7 +33,7 @@ from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajec
 RECIPE = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
-    *("mom", "l2", "decay", "batch_size_train"),
+    *("mom", "l2", "decay", "batch_size_train", "lora_rank", "lora_alpha", "lora_layers", "lora_train"),
 )
 
 
@@ -67,14 +75,17 @@ def main(argv=None):
     factory = make_factory(args, text_embed.shape[1])
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
 
-    log = Log(folder, vars(args), args.name, args.disabled_wandb)
+    training = describe_training(factory, factory.fresh(args.seed))
+    settings = {**vars(args), **training}
+    log = Log(folder, settings, args.name, args.disabled_wandb)
+    log(training, step=missing[0] * args.train_epochs)
     for n in missing:
         seed = args.seed + n
         torch.manual_seed(seed)
         loader = pair_loader(pairs, args.batch_size_train, seed, args.num_workers)
         model = factory.fresh(seed)
         snapshots, recalls = train_expert(model, loader, text_embed, validation, n, args, device, log)
-        save_trajectory(expert_path(folder, n), snapshots, vars(args), recalls)
+        save_trajectory(expert_path(folder, n), snapshots, settings, recalls)
         print(f"saved {expert_path(folder, n)}")
     log.finish()
 

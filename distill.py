@@ -20,9 +20,17 @@ from utils.learner import PairLearner
 from utils.log import Log
 from utils.matching import Pairs, draw_batches, matching_gradient, student_loss
 from utils.retrieval import nearest_captions
-from utils.setup import find_device, find_split, make_factory, make_text_encoder, retrieval_pairs, training_pairs
+from utils.setup import (
+    describe_training,
+    find_device,
+    find_split,
+    make_factory,
+    make_text_encoder,
+    retrieval_pairs,
+    training_pairs,
+)
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
-from utils.trajectory import find_trajectories
+from utils.trajectory import find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {"Iteration", "resume", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"}
@@ -58,7 +66,7 @@ def parse_args(argv=None):
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
     cli.add_log_flags(parser)
-    return parser.parse(argv)
+    return parser.parse(argv, defaults=lambda args: stored_lora(args.buffer_path, vars(args)))
 
 
 @cli.one_line_errors
@@ -76,9 +84,12 @@ def main(argv=None):
     validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
     del text_encoder
     factory = make_factory(args, real_embed.shape[1])
+    judge = make_factory(args, real_embed.shape[1], train_in_full=True) if args.eval_full else factory
     model = factory.fresh(args.seed)
+    training = describe_training(factory, model)
+    settings = {**vars(args), **training}
     start = trained_parameters(model)
-    experts = find_trajectories(args.buffer_path, vars(args), start, args.max_files, args.max_experts)
+    experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
     check_epochs(experts, args)
 
     # The synthetic pairs.
@@ -86,7 +97,8 @@ def main(argv=None):
     learner = PairLearner(pairs, args.lr_img, args.lr_txt, args.lr_lr)
     if args.resume:
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
-    log = Log(run, vars(args), args.name, args.disabled_wandb)
+    log = Log(run, settings, args.name, args.disabled_wandb)
+    log(training, step=learner.iteration)
     loss_fn = student_loss(model, args.temperature)
 
     def current_set() -> SynSet:
@@ -106,7 +118,7 @@ def main(argv=None):
             is_last = iteration >= args.Iteration
             if iteration != learner.evaluated and (iteration % args.eval_it == 0 or is_last):
                 synset = current_set()
-                results = score(synset, validation, VALIDATION_SEED, factory, args)
+                results = score(synset, validation, VALIDATION_SEED, judge, args)
                 keep_if_best(synset, results, learner, run)
                 save_progress()
                 report(log, run, synset, results, args)
@@ -129,10 +141,10 @@ def main(argv=None):
         bar.close()
 
     best = load_synset(run / "best.safetensors")
-    results = score(best, test, TEST_SEED, factory, args)
+    results = score(best, test, TEST_SEED, judge, args)
     log({f"Test/{key}": value for key, value in mean_and_std(results)[0].items()}, step=args.Iteration)
     print(f"best set by validation: {run / 'best.safetensors'}, iteration {best.settings['iteration']}; test split:")
-    print(recall_table({f"{args.num_queries} distilled pairs": results}))
+    print(recall_table({f"{args.num_queries} distilled pairs, training {judge.trains}": results}))
     log.finish()
 
 

@@ -14,11 +14,13 @@ from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_a
 from utils.setup import find_split, make_factory, make_text_encoder, retrieval_pairs
 from utils.synset import SynSet, load_synset
 
-# Settings of the first set that are this run's defaults; the last three belong to its image encoder alone.
+# Settings of the first set that are this run's defaults, and those among them that only fit its image encoder.
+LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_train")
+OF_ENCODER = ("image_pretrained", "image_checkpoint", "image_kwargs", *LORA)
 INHERITED = (
     *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
     *("text_encoder", "text_pretrained", "text_pooling", "temperature", "num_eval", "epoch_eval_train", "batch_train"),
-    *("image_encoder", "image_trainable", "image_pretrained", "image_checkpoint", "image_kwargs"),
+    *("image_encoder", "image_trainable", *OF_ENCODER),
 )
 
 
@@ -42,11 +44,10 @@ def parse_args(argv=None):
 
 def settings_of_first_set(args) -> dict:
     settings = load_synset(args.synset[0]).settings
-    inherited = {key: settings[key] for key in INHERITED if key in settings}
-    if args.image_encoder not in (None, settings["image_encoder"]):
-        for key in INHERITED[-3:]:  # of another encoder
-            inherited.pop(key, None)
-    return inherited
+    dropped = OF_ENCODER if args.image_encoder not in (None, settings["image_encoder"]) else ()
+    if args.lora_rank not in (None, settings.get("lora_rank")):
+        dropped = (*dropped, *LORA)
+    return {key: settings[key] for key in INHERITED if key in settings and key not in dropped}
 
 
 @cli.one_line_errors
@@ -60,7 +61,7 @@ def main(argv=None):
     text_dim = test[1].shape[1]
     for path, synset in synsets.items():
         check_fit(path, synset, args, text_dim)
-    factory = make_factory(args, text_dim)
+    factory = make_factory(args, text_dim, args.eval_full)
 
     rows = {}
     for path, synset in synsets.items():
@@ -69,7 +70,8 @@ def main(argv=None):
         results = score(synset, test, args.num_eval, TEST_SEED, factory, args)
         name = f"{Path(path).stem} ({synset.settings['method']}, {len(synset.captions)} pairs)"
         rows[f"{name}, rates {synset.syn_lr_img:.3g} {synset.syn_lr_txt:.3g}"] = results
-    print(f"{args.dataset} test, {args.image_encoder} + {args.text_encoder}, {args.num_eval} networks per set:")
+    networks = f"{args.num_eval} networks per set, training {factory.trains}"
+    print(f"{args.dataset} test, {args.image_encoder} + {args.text_encoder}, {networks}:")
     print(recall_table(rows))
     if args.json:
         numbers = {

@@ -10,8 +10,9 @@ from data.errors import InputError
 from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_retrieval_set
 from data.text_cache import embed_captions
 from data.transforms import train_transform
-from networks.clip_model import ModelFactory
+from networks.clip_model import CLIPModel, ModelFactory, count_parameters
 from networks.image_encoder import build_image_encoder
+from networks.lora import Lora
 from networks.text_encoder import TextEncoder
 
 
@@ -56,8 +57,8 @@ def retrieval_pairs(args, split, text_encoder) -> tuple[RetrievalSet, torch.Tens
     return retrieval_set, embed_captions(retrieval_set.captions, text_encoder, args.cache_dir)
 
 
-def make_factory(args, text_dim: int) -> ModelFactory:
-    """Gives fresh models with the encoders of the command line."""
+def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFactory:
+    """Gives fresh models with the encoders of the command line; `train_in_full` leaves adapters out."""
 
     def build():
         return build_image_encoder(
@@ -65,4 +66,17 @@ def make_factory(args, text_dim: int) -> ModelFactory:
         )
 
     starts_pretrained = args.image_pretrained or args.image_checkpoint is not None
-    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, find_device(args))
+    with_adapters = args.lora_rank is not None and not train_in_full
+    lora = Lora(args.lora_rank, args.lora_alpha, args.lora_layers, args.lora_train) if with_adapters else None
+    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, find_device(args), lora)
+
+
+def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
+    """Prints once what trains; returns the counts and the digest of the frozen weights, to be saved as settings."""
+    counts = count_parameters(model)
+    print(
+        f"training {factory.trains}: {counts['parameters_trained']:,} of {counts['parameters_full']:,} parameters "
+        f"({counts['reduction_percent']:.2f} % fewer), {counts['image_parameters_trained']:,} of "
+        f"{counts['image_parameters_full']:,} in the image encoder ({counts['image_reduction_percent']:.2f} % fewer)"
+    )
+    return {**counts, "lora_base": factory.base}

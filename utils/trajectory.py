@@ -1,5 +1,6 @@
 """Expert trajectories on disk: one file per expert, one snapshot of every trained parameter per epoch."""
 
+import glob
 import pickle
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from utils.files import open_tensors, save_tensors
 
 KIND = "expert trajectory"
 MUST_AGREE = ("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable")
+LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_train")  # None where all weights train
 
 
 def buffer_folder(buffer_path: str | Path, settings: dict) -> Path:
-    """Where experts are written: buffer_path / dataset / image encoder / text encoder."""
-    names = (str(settings[key]).strip("/").replace("/", "--") for key in ("dataset", "image_encoder", "text_encoder"))
-    return Path(buffer_path).joinpath(*names)
+    """Where experts are written: buffer_path / dataset / image encoder, with _loraR for adapters / text encoder."""
+    keys = "dataset", "image_encoder", "text_encoder"
+    dataset, image, text = (str(settings[key]).strip("/").replace("/", "--") for key in keys)
+    if settings.get("lora_rank"):
+        image += f"_lora{settings['lora_rank']}"
+    return Path(buffer_path, dataset, image, text)
 
 
 def expert_path(folder: Path, number: int) -> Path:
@@ -93,7 +98,7 @@ def find_trajectories(
 
     Args:
         buffer_path: the folder given to buffer.py, or the one the files lie in.
-        settings: of this run; an expert made with other encoders or sizes is refused.
+        settings: of this run; an expert made with other encoders, sizes, adapters or `lora_base` is refused.
         parameters: the trained parameters of the model that will follow, image tower first.
         max_files: read at most so many files.
         max_experts: read at most so many experts of each file (the released layout packs several).
@@ -101,8 +106,7 @@ def find_trajectories(
     Raises:
         InputError: no expert in any of the folders tried, a damaged file, or one that does not fit.
     """
-    full = buffer_folder(buffer_path, settings)
-    folders = list(dict.fromkeys([full, full.parent.parent, Path(buffer_path)]))
+    folders = _folders(buffer_path, settings)
     for folder in folders:
         found = [Trajectory(path) for path in sorted(folder.glob("expert_*.safetensors"))[:max_files]]
         if not found:
@@ -113,6 +117,34 @@ def find_trajectories(
             return found
     tried = ", ".join(str(folder) for folder in folders)
     raise InputError(f"no expert found in --buffer_path (tried {tried}); run buffer.py with the same encoders first")
+
+
+def stored_lora(buffer_path: str | Path, settings: dict) -> dict:
+    """How the experts that a run with `settings` would follow were adapted; empty if all their weights trained.
+
+    Raises:
+        InputError: experts of several ranks and no lora_rank in `settings`, or a damaged file.
+    """
+    patterns = "expert_*.safetensors", "img_replay_buffer_*.pt"
+    files = [[path for p in patterns for path in sorted(f.glob(p))] for f in _folders(buffer_path, settings)]
+    first_files = [found[0] for found in files if found]
+    if not first_files or first_files[0].suffix == ".pt":
+        return {}
+    stored = Trajectory(first_files[0]).settings
+    if stored.get("lora_rank") is None:
+        return {}
+    if settings.get("lora_rank") is None and len(first_files) > 1:
+        names = ", ".join(path.parent.parent.name for path in first_files)
+        raise InputError(f"--buffer_path {buffer_path} holds experts of several ranks ({names}); give --lora_rank")
+    return {key: stored[key] for key in LORA}
+
+
+def _folders(buffer_path, settings: dict) -> list[Path]:
+    """Where experts may lie; last those adapted in another way, for an error that says so."""
+    own = buffer_folder(buffer_path, settings)
+    whole = buffer_folder(buffer_path, {**settings, "lora_rank": None})
+    adapted = sorted(whole.parent.parent.glob(f"{glob.escape(whole.parent.name)}_lora*/{glob.escape(whole.name)}"))
+    return list(dict.fromkeys([own, own.parent.parent, Path(buffer_path), whole, *adapted]))
 
 
 def _read_released(folder: Path, names, max_files, max_experts) -> list[ReleasedTrajectory]:
@@ -138,6 +170,7 @@ def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) 
                 f"expert {trajectory.path} was trained with {key}={stored}, this run has {key}={settings[key]}; "
                 "give the same value or another --buffer_path"
             )
+    _check_lora(trajectory, settings)
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     stored = (
         {name: tuple(value.shape) for name, value in trajectory.snapshot(0).items()}
@@ -148,4 +181,28 @@ def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) 
         raise InputError(
             f"expert {trajectory.path} holds other parameters than this run's model trains "
             f"({len(trajectory.names())} against {len(shapes)}, or of other shapes); use the encoders it was made with"
+        )
+
+
+def _check_lora(trajectory, settings: dict) -> None:
+    stored = {key: trajectory.settings.get(key) for key in (*LORA, "lora_base")}
+    if stored["lora_rank"] is None and settings.get("lora_rank") is not None:
+        raise InputError(
+            f"expert {trajectory.path} trained whole, this run trains adapters of rank {settings['lora_rank']}; "
+            "leave --lora_rank out or train experts with it"
+        )
+    if stored["lora_rank"] is not None and settings.get("lora_rank") is None:
+        rank = stored["lora_rank"]
+        raise InputError(f"expert {trajectory.path} holds adapters of rank {rank}; give --lora_rank {rank}")
+    for key in LORA:
+        if stored[key] != settings.get(key):
+            raise InputError(
+                f"expert {trajectory.path} was trained with {key}={stored[key]}, this run has {key}={settings[key]}; "
+                "give the same value or another --buffer_path"
+            )
+    if stored["lora_base"] != settings.get("lora_base"):
+        raise InputError(
+            f"expert {trajectory.path} adapts other frozen weights (SHA-256 {str(stored['lora_base'])[:12]}) than this "
+            f"run's image encoder has ({str(settings.get('lora_base'))[:12]}); give the --image_checkpoint, "
+            "--image_pretrained and --image_kwargs it was trained with"
         )
