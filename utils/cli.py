@@ -92,6 +92,7 @@ class Parser(argparse.ArgumentParser):
             delattr(args, name)
         if "image_kwargs" in args:
             args.image_kwargs = dict(args.image_kwargs or [])
+        if "lora_rank" in args:
             self._complete_lora(args)
         return args
 
