@@ -158,12 +158,18 @@ def add_data_flags(parser: Parser) -> None:
     add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 
 
-def add_network_flags(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--image_encoder", default="nfnet", help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model")
+def add_network_flags(parser: Parser, several: bool = False) -> None:
+    """`several`: a list of image encoders, with a checkpoint for each, instead of one."""
+    add, nargs = parser.add_argument, "+" if several else None
+    add(
+        "--image_encoder",
+        nargs=nargs,
+        default="nfnet",
+        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model",
+    )
     parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
     parser.add_bool("image_trainable", True, "train the image encoder, not the text projection alone")
-    add("--image_checkpoint", help="file with the image encoder's weights (safetensors or torch)")
+    add("--image_checkpoint", nargs=nargs, help="file with the image encoder's weights (safetensors or torch)")
     add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
     add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
     parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
