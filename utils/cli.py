@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -142,8 +143,9 @@ def key_value(text: str) -> tuple:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not key=value")
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        # By way of JSON, as saved settings are: a tuple becomes a list here too.
+        return key, json.loads(json.dumps(ast.literal_eval(value)))
+    except (ValueError, SyntaxError, TypeError):
         return key, value
 
 
