@@ -25,7 +25,9 @@ from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.trajectory import find_trajectories
 
 # What may differ between a run and its continuation.
-FREE_ON_RESUME = {"Iteration", "resume", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"}
+FREE_ON_RESUME = {
+    *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
+}
 
 
 def parse_args(argv=None):
