@@ -152,9 +152,9 @@ def test_values_out_of_range(script, argv, capsys):
     assert (argv or ["--synset"])[0] in line and (not argv or argv[1] in line)
 
 
-def test_image_kwargs_are_python_values():
+def test_image_kwargs_are_python_values_as_json_keeps_them():
     argv = ["--image_kwargs", "a=1", "b=0.5", "c=(1, 2)", "d=name", "e=None"]
-    assert buffer.parse_args(argv).image_kwargs == {"a": 1, "b": 0.5, "c": (1, 2), "d": "name", "e": None}
+    assert buffer.parse_args(argv).image_kwargs == {"a": 1, "b": 0.5, "c": [1, 2], "d": "name", "e": None}
     assert buffer.parse_args([]).image_kwargs == {}
 
 
