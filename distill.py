@@ -123,9 +123,11 @@ def main(argv=None):
             learner.step(matching.gradient)
             log_iteration(log, bar, matching, pairs, start_epoch, iteration)
             bar.update()
-    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError):
-        save_progress()
-        print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
+    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+        if not isinstance(error, InputError):  # after one the pairs may be spoilt: the set of the last evaluation stays
+            save_progress()
+        if (run / "last.safetensors").exists():
+            print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
         raise
     finally:
         bar.close()
