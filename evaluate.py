@@ -75,7 +75,15 @@ def main(argv=None):
         numbers = {
             name: dict(zip(("mean", "std"), mean_and_std(results), strict=True)) for name, results in rows.items()
         }
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+        write_numbers(Path(args.json), numbers)
+
+
+def write_numbers(path: Path, numbers: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(numbers, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give another file with --json") from error
 
 
 def with_rates(synset: SynSet, args) -> SynSet:

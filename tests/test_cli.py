@@ -1,6 +1,7 @@
 """Flags: booleans, compatibility, help, defaults of the demo, mistakes."""
 
 import argparse
+import errno
 
 import pytest
 import torch
@@ -196,6 +197,7 @@ def test_evaluation_takes_its_defaults_from_the_set(synset_file):
     [
         (InputError("no such thing; do that"), 2, "error: no such thing; do that"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory\nlong"), 2, "error: CUDA is out of memory; lower --batch"),
+        (OSError(errno.ENOSPC, "No space left on device", "grid.png"), 2, "error: the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

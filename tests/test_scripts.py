@@ -478,6 +478,15 @@ def test_non_finite_loss_keeps_the_last_good_set(run_distill, tmp_path, capsys):
     assert not list((tmp_path / "r").glob(".*"))
 
 
+def test_file_in_the_place_of_a_folder(run_buffer, run_distill, run_evaluate, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    for run in (run_buffer, run_distill):
+        assert str(path) in stderr_line(capsys, run, path)
+    assert str(path) in stderr_line(capsys, run_evaluate, "--num_eval", 1, "--json", path / "numbers.json")
+    assert run_evaluate("--num_eval", 1, "--json", tmp_path / "new/numbers.json") == 0
+
+
 def test_non_finite_training_of_an_expert(run_buffer, tmp_path, capsys):
     line = stderr_line(capsys, run_buffer, tmp_path / "b", "--num_experts", 1, "--lr_teacher_img", "1e30")
     assert "lower the learning rates" in line

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import errno
 import functools
 import json
 import os
@@ -202,6 +203,11 @@ def one_line_errors(main):
             main(argv)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print(f"error: the disk is full ({error}); free some space", file=sys.stderr)
             return 2
         except torch.cuda.OutOfMemoryError:
             print(
