@@ -26,7 +26,9 @@ from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.trajectory import find_trajectories
 
 # What may differ between a run and its continuation.
-FREE_ON_RESUME = {"Iteration", "resume", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"}
+FREE_ON_RESUME = {
+    *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
+}
 
 
 def parse_args(argv=None):
@@ -126,9 +128,11 @@ def main(argv=None):
             learner.step(matching.gradient)
             log_iteration(log, bar, matching, pairs, start_epoch, iteration)
             bar.update()
-    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError):
-        save_progress()
-        print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
+    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+        if not isinstance(error, InputError):  # after one the pairs may be spoilt: the set of the last evaluation stays
+            save_progress()
+        if (run / "last.safetensors").exists():
+            print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
         raise
     finally:
         bar.close()

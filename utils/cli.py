@@ -3,7 +3,9 @@
 import argparse
 import ast
 import difflib
+import errno
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -142,8 +144,9 @@ def key_value(text: str) -> tuple:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not key=value")
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        # By way of JSON, as saved settings are: a tuple becomes a list here too.
+        return key, json.loads(json.dumps(ast.literal_eval(value)))
+    except (ValueError, SyntaxError, TypeError):
         return key, value
 
 
@@ -206,6 +209,11 @@ def one_line_errors(main):
             main(argv)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print(f"error: the disk is full ({error}); free some space", file=sys.stderr)
             return 2
         except torch.cuda.OutOfMemoryError:
             print(
