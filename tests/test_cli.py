@@ -11,7 +11,7 @@ import distill
 import evaluate
 from data.errors import InputError
 from utils import cli
-from utils.synset import SynSet, save_synset
+from utils.synset import SynSet, load_synset, save_synset
 
 SCRIPTS = {"buffer": buffer, "distill": distill, "evaluate": evaluate}
 RELEASED_BUFFER = """dataset num_experts train_epochs lr_teacher_img lr_teacher_txt mom l2 decay batch_size_train
@@ -183,10 +183,16 @@ def test_defaults_work_together(argv):
 
 def test_evaluation_takes_its_defaults_from_the_set(synset_file):
     args = evaluate.parse_args(["--synset", synset_file])
-    assert (args.dataset, args.image_encoder, args.image_checkpoint) == ("tiny", "test_vit", "weights")
-    assert (args.image_size, args.num_eval, args.text_encoder) == (32, 2, "demo")
-    args = evaluate.parse_args(["--synset", synset_file, "--image_encoder", "test_nfnet", "--num_eval", "7"])
-    assert (args.image_encoder, args.image_checkpoint, args.num_eval) == ("test_nfnet", None, 7)
+    assert (args.dataset, args.image_size, args.num_eval, args.text_encoder) == ("tiny", 32, 2, "demo")
+    assert args.image_encoder == ["test_vit"]
+    argv = ["--synset", synset_file, "--image_encoder", "test_nfnet", "test_vit", "--num_eval", "7"]
+    args = evaluate.parse_args(argv)
+    assert args.num_eval == 7
+    encoders = evaluate.encoder_args(args, [load_synset(synset_file)])
+    assert {name: own.image_checkpoint for name, own in encoders.items()} == {"test_nfnet": None, "test_vit": "weights"}
+    encoders = evaluate.encoder_args(evaluate.parse_args([*argv, "--image_checkpoint", "new", "none"]), [])
+    assert [own.image_checkpoint for own in encoders.values()] == ["new", None]
+    assert all(own.image_pretrained and own.image_trainable and own.image_kwargs == {} for own in encoders.values())
 
 
 # ---- errors of a run
