@@ -153,13 +153,14 @@ def test_forgetting_of_a_hand_made_sequence():
 
 def test_matched_is_both_ways_and_by_picture():
     """Rows 0 and 1 are captions of one picture."""
-    counter = ForgettingCounter(torch.tensor([0, 0, 1, 2]))
-    image_features = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.9, 0.1]])
-    text_features = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.1]])
-    list(counter.watch([("images", torch.arange(4))]))
+    counter = ForgettingCounter(torch.tensor([0, 0, 1, 2, 3, 4]))
+    image_features = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0, 1], [0, 0, 2]])
+    text_features = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0, 1], [0, 0, 0.4]])
+    list(counter.watch([("images", torch.arange(6))]))
     counter.count_batch(image_features, text_features)
     # The image of row 1 is nearest to the text of row 0, of its own picture; that of row 3 to the text of row 2.
-    assert counter.was_matched.tolist() == [True, True, True, False]
+    # The image of row 4 is nearest to its own text, but that text to the image of row 5.
+    assert counter.was_matched.tolist() == [True, True, True, False, False, False]
 
 
 def test_watch_keeps_the_rows_of_the_batch_in_training():

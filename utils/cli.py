@@ -156,7 +156,7 @@ def add_data_flags(parser: Parser) -> None:
     add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
     parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
-    add("--cache_dir", default="cache", help="folder for cached caption embeddings")
+    add("--cache_dir", default="cache", help="folder for cached caption embeddings and picture features")
     add("--num_workers", type=number(int, least=0), default=min(8, os.cpu_count() or 1), help="loader processes")
     add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 
@@ -172,7 +172,8 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
     )
     parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
     parser.add_bool("image_trainable", True, "train the image encoder, not the text projection alone")
-    add("--image_checkpoint", nargs=nargs, help="file with the image encoder's weights (safetensors or torch)")
+    each = "; one for each encoder, 'none' for published weights" if several else ""
+    add("--image_checkpoint", nargs=nargs, help=f"file with the image encoder's weights (safetensors or torch){each}")
     add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
     add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
     parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
