@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.pairs import pair_loader
-from data.transforms import normalize
 from networks.clip_model import trained_parameters
 from utils import cli
 from utils.log import Log
@@ -26,7 +25,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
-from utils.training import make_optimizer, train_epoch
+from utils.training import device_batches, make_optimizer, train_epoch
 from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajectory
 
 # Experts in one folder come from one training recipe.
@@ -128,13 +127,6 @@ def train_expert(model, loader, text_embed, validation, n, args, device, log):
             f"TR@1 {recall['txt_r1']:.1f} IR@1 {recall['img_r1']:.1f} mean {recall['r_mean']:.1f}"
         )
     return snapshots, recalls
-
-
-def device_batches(loader, text_embed, encoder, device):
-    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device."""
-    for images, rows in loader:
-        images = images.to(device, non_blocking=True)
-        yield normalize(images, encoder.mean, encoder.std), text_embed[rows].to(device, non_blocking=True)
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from data.pairs import load_images
 from data.transforms import normalize
 from networks.clip_model import trained_parameters
 from utils import cli
+from utils.coresets import check_num_queries, random_rows
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
 from utils.learner import PairLearner
 from utils.log import Log
@@ -33,7 +34,9 @@ from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.trajectory import find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
-FREE_ON_RESUME = {"Iteration", "resume", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"}
+FREE_ON_RESUME = {
+    *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
+}
 
 
 def parse_args(argv=None):
@@ -56,6 +59,8 @@ def parse_args(argv=None):
     add("--lr_teacher_txt", type=cli.positive, default=0.1, help="first value of the text tower's learned rate")
     add("--pix_init", choices=("real", "noise"), default="real", help="pixels start from real pictures or noise")
     add("--txt_init", choices=("real", "noise"), default="real", help="texts start from real captions or noise")
+    parser.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
+    parser.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
     add("--max_files", type=cli.count, help="read at most so many expert files")
     add("--max_experts", type=cli.count, help="read at most so many experts of a file (released layout)")
     parser.add_bool("draw", True, "save picture grids with captions")
@@ -72,13 +77,14 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    check_frozen(args)
     run = Path(args.save_dir)
     check_run_folder(run, args.resume)
     device = find_device(args)
 
     # The real pairs, fresh models, and the experts to match.
     splits = {split: find_split(args, split) for split in ("train", "val", "test")}
-    check_num_queries(args.num_queries, splits["train"][1])
+    check_num_queries(args.num_queries, len(splits["train"][1]))
     text_encoder = make_text_encoder(args)
     real, real_embed = training_pairs(args, splits["train"], text_encoder)
     validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
@@ -94,7 +100,8 @@ def main(argv=None):
 
     # The synthetic pairs.
     pairs = initial_pairs(args, real, real_embed, factory.encoder, device)
-    learner = PairLearner(pairs, args.lr_img, args.lr_txt, args.lr_lr)
+    lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
+    learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)
     if args.resume:
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
     log = Log(run, settings, args.name, args.disabled_wandb)
@@ -133,9 +140,11 @@ def main(argv=None):
             learner.step(matching.gradient)
             log_iteration(log, bar, matching, pairs, start_epoch, iteration)
             bar.update()
-    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError):
-        save_progress()
-        print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
+    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+        if not isinstance(error, InputError):  # after one the pairs may be spoilt: the set of the last evaluation stays
+            save_progress()
+        if (run / "last.safetensors").exists():
+            print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
         raise
     finally:
         bar.close()
@@ -148,6 +157,14 @@ def main(argv=None):
     log.finish()
 
 
+def check_frozen(args) -> None:
+    """Raises InputError if --image_only or --text_only leaves nothing to learn, or noise as it is."""
+    if args.image_only and args.text_only:
+        raise InputError("--image_only and --text_only exclude each other; give one, or neither to learn both")
+    if (args.image_only and args.txt_init == "noise") or (args.text_only and args.pix_init == "noise"):
+        raise InputError("the modality that is not learned must start from real values; drop its noise init")
+
+
 def check_run_folder(run: Path, resume: bool) -> None:
     """Refuses to write over a run, or to continue one that is not there."""
     exists = (run / "state.safetensors").exists()
@@ -155,11 +172,6 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise InputError(f"{run} already holds a run; add --resume to continue it or give another --save_dir")
     if resume and not exists:
         raise InputError(f"{run} holds no run to resume; check --save_dir")
-
-
-def check_num_queries(num_queries: int, paths) -> None:
-    if num_queries > len(paths):
-        raise InputError(f"--num_queries {num_queries} is more than the {len(paths)} training pictures; lower it")
 
 
 def check_epochs(experts, args) -> None:
@@ -177,11 +189,9 @@ def initial_pairs(args, real, real_embed, encoder, device) -> Pairs:
     """Real pairs of distinct pictures, one random caption each, or noise of the same mean and spread."""
     generator = torch.Generator().manual_seed(args.seed)
     size = args.num_queries, 3, args.image_size, args.image_size
-    pictures = torch.randperm(len(real.paths), generator=generator)[: args.num_queries]
-    captions = [torch.nonzero(real.row_to_image == picture).flatten() for picture in pictures]
-    rows = torch.stack([row[torch.randint(len(row), (), generator=generator)] for row in captions])
+    rows = random_rows(real.row_to_image, args.num_queries, generator)
     if args.pix_init == "real":
-        images = load_images([real.paths[i] for i in pictures], args.image_size)
+        images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
         image_syn = normalize(images, encoder.mean, encoder.std)
     else:
         image_syn = torch.randn(size, generator=generator)
@@ -213,7 +223,8 @@ def to_device(snapshot, device):
 def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
     """A copy of the current pairs with all that is needed to train on them elsewhere."""
     image_syn, text_syn, lr_img, lr_txt = (tensor.detach().clone() for tensor in pairs.tensors())
-    settings = {**vars(args), "method": "distilled", "iteration": iteration}
+    method = "distilled images" if args.image_only else "distilled texts" if args.text_only else "distilled"
+    settings = {**vars(args), "method": method, "iteration": iteration}
     return SynSet(image_syn, text_syn, lr_img.item(), lr_txt.item(), captions, encoder.mean, encoder.std, settings)
 
 

@@ -1,83 +1,105 @@
-"""Trains fresh models on saved sets of pairs and reports their retrieval recall on the test split.
+"""Trains fresh models on saved sets of pairs and reports their retrieval recall on the test split, in one table.
 
-Data, encoders and training lengths default to those the first set was made with.
+A row for each set and image encoder. Data, encoders and training lengths default to those the first set was made
+with; another encoder than a set's own shows how the set transfers to it.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
+from networks.clip_model import trained_parameters
 from utils import cli
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
-from utils.setup import find_split, make_factory, make_text_encoder, retrieval_pairs
+from utils.retrieval import evaluate_retrieval
+from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
 from utils.synset import SynSet, load_synset
+from utils.trajectory import LORA, find_trajectories
 
-# Settings of the first set that are this run's defaults, and those among them that only fit its image encoder.
-LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_train")
-OF_ENCODER = ("image_pretrained", "image_checkpoint", "image_kwargs", *LORA)
+# Settings of the first set that are this run's defaults.
 INHERITED = (
     *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
     *("text_encoder", "text_pretrained", "text_pooling", "temperature", "num_eval", "epoch_eval_train", "batch_train"),
-    *("image_encoder", "image_trainable", *OF_ENCODER),
 )
+# Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
+OF_ENCODER = {
+    **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
+    **dict.fromkeys(LORA),
+}
+# What the sets of one table share: where the texts come from.
+SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")
+COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
     add("--synset", nargs="+", required=True, help="files that distill.py or coreset.py saved")
+    add("--all_data", metavar="BUFFER_PATH", help="add a row for training on all pairs: its experts' last snapshots")
     add("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
     add("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
-    parser.add_bool("tune_rates", False, "choose each set's rates on validation, one network per candidate")
+    parser.add_bool(
+        "tune_rates",
+        False,
+        "choose rates on validation for each set and encoder, from the same number of candidates for every set: "
+        "its own (learned, if distilled) and each pair of the two grids, one network each",
+    )
     add("--grid_img", nargs="+", type=cli.positive, default=[0.01, 0.1], help="image rates that --tune_rates tries")
     add("--grid_txt", nargs="+", type=cli.positive, default=[0.01, 0.1], help="text rates that --tune_rates tries")
-    add("--json", help="write the numbers to this file")
+    add("--markdown", metavar="FILE", help="write the table to this file")
+    add("--json", metavar="FILE", help="write the numbers to this file")
     cli.add_evaluation_flags(parser)
     cli.add_data_flags(parser)
-    cli.add_network_flags(parser)
+    cli.add_network_flags(parser, several=True)
     cli.add_run_flags(parser)
-    parser.set_defaults(image_encoder=None)
+    parser.set_defaults(image_encoder=None, **dict.fromkeys(OF_ENCODER))
     return parser.parse(argv, defaults=settings_of_first_set)
 
 
 def settings_of_first_set(args) -> dict:
     settings = load_synset(args.synset[0]).settings
-    dropped = OF_ENCODER if args.image_encoder not in (None, settings["image_encoder"]) else ()
-    if args.lora_rank not in (None, settings.get("lora_rank")):
-        dropped = (*dropped, *LORA)
-    return {key: settings[key] for key in INHERITED if key in settings and key not in dropped}
+    inherited = {key: settings[key] for key in INHERITED if key in settings}
+    if inherited["dataset"] == "demo":
+        inherited = {key: value for key, value in cli.DEMO_DEFAULTS.items() if key in vars(args)} | inherited
+    return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
 
 
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     synsets = {path: with_rates(load_synset(path), args) for path in args.synset}
+    for path, synset in synsets.items():
+        check_shared(path, synset, args)
+    by_encoder = encoder_args(args, list(synsets.values()))
+
+    # What all rows share: pictures are decoded and captions embedded once.
     splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
     text_encoder = make_text_encoder(args)
     test = retrieval_pairs(args, splits["test"], text_encoder)
     validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
-    text_dim = test[1].shape[1]
+    del text_encoder
     for path, synset in synsets.items():
-        check_fit(path, synset, args, text_dim)
-    factory = make_factory(args, text_dim, args.eval_full)
+        check_width(path, synset, test[1].shape[1], args)
 
-    rows = {}
-    for path, synset in synsets.items():
-        if args.tune_rates:
-            synset = tuned(synset, validation, factory, args)
-        results = score(synset, test, args.num_eval, TEST_SEED, factory, args)
-        name = f"{Path(path).stem} ({synset.settings['method']}, {len(synset.captions)} pairs)"
-        rows[f"{name}, rates {synset.syn_lr_img:.3g} {synset.syn_lr_txt:.3g}"] = results
-    networks = f"{args.num_eval} networks per set, training {factory.trains}"
-    print(f"{args.dataset} test, {args.image_encoder} + {args.text_encoder}, {networks}:")
-    print(recall_table(rows))
-    if args.json:
-        numbers = {
-            name: dict(zip(("mean", "std"), mean_and_std(results), strict=True)) for name, results in rows.items()
-        }
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    rows = []
+    for name, encoder in by_encoder.items():
+        factory = make_factory(encoder, test[1].shape[1], args.eval_full)
+        for path, synset in synsets.items():
+            if args.tune_rates:
+                synset = tuned(synset, validation, factory, args)
+            results = score(synset, test, args.num_eval, TEST_SEED, factory, args)
+            rows.append(row_of_set(path, synset, name, factory.trains, results))
+            announce(rows[-1])
+        if args.all_data:
+            of_experts = make_factory(encoder, test[1].shape[1]) if factory.lora != lora_of(encoder) else factory
+            row = row_of_experts(of_experts, test, encoder, is_first=name == args.image_encoder[0])
+            if row:
+                rows.append(row)
+                announce(row)
+    write_tables(rows, args)
 
 
 def with_rates(synset: SynSet, args) -> SynSet:
@@ -88,19 +110,43 @@ def with_rates(synset: SynSet, args) -> SynSet:
     )
 
 
-def check_fit(path: str, synset: SynSet, args, text_dim: int) -> None:
+def check_shared(path: str, synset: SynSet, args) -> None:
     """Raises InputError if the set belongs to another dataset or text encoder."""
-    for key in ("dataset", "text_encoder", "text_pooling"):
-        if synset.settings[key] != getattr(args, key):
+    for key in SHARED:
+        if synset.settings.get(key) != getattr(args, key):
             raise InputError(
-                f"{path} was made with {key}={synset.settings[key]}, this run has {key}={getattr(args, key)}; "
+                f"{path} was made with {key}={synset.settings.get(key)}, this run has {key}={getattr(args, key)}; "
                 "sets of one table share dataset and text encoder"
             )
+
+
+def check_width(path: str, synset: SynSet, text_dim: int, args) -> None:
+    """Raises InputError if the set's text embeddings are not the text encoder's."""
     if synset.text_syn.shape[1] != text_dim:
         raise InputError(
             f"{path} holds text embeddings of width {synset.text_syn.shape[1]}, --text_encoder {args.text_encoder} "
             f"gives {text_dim}; use the text encoder it was made with"
         )
+
+
+def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
+    """The command line for each image encoder alone, by its name; see `OF_ENCODER`."""
+    names, checkpoints = args.image_encoder, args.image_checkpoint or []
+    if checkpoints and len(checkpoints) != len(names):
+        raise InputError(
+            f"--image_checkpoint has {len(checkpoints)} values for {len(names)} image encoders; "
+            "give one for each, 'none' for published weights"
+        )
+    by_encoder = {}
+    known = [synset.settings for synset in synsets] + ([cli.DEMO_DEFAULTS] if args.dataset == "demo" else [])
+    for i, name in enumerate(names):
+        made_with = next((settings for settings in known if settings["image_encoder"] == name), {})
+        values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
+        values |= {key: getattr(args, key) for key in OF_ENCODER if getattr(args, key) not in (None, {})}
+        if checkpoints:
+            values["image_checkpoint"] = None if checkpoints[i] == "none" else checkpoints[i]
+        by_encoder[name] = argparse.Namespace(**{**vars(args), "image_encoder": name, **values})
+    return by_encoder
 
 
 def tuned(synset: SynSet, validation, factory, args) -> SynSet:
@@ -114,6 +160,75 @@ def tuned(synset: SynSet, validation, factory, args) -> SynSet:
 def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args) -> list[dict]:
     sizes = num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
     return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed)
+
+
+def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
+    """Test recalls of each expert's last snapshot; None, and a printed line, if a transfer encoder has no experts."""
+    model, device = factory.fresh(args.seed), find_device(args)
+    settings = {**vars(args), "lora_base": factory.base}
+    try:
+        experts = find_trajectories(args.all_data, settings, trained_parameters(model))
+    except InputError as error:
+        if is_first:
+            raise
+        print(f"no all-data row for {args.image_encoder}: {error}")
+        return None
+    results = []
+    for expert in experts:
+        model.load_state_dict(expert.snapshot(expert.num_snapshots - 1), strict=False)
+        results.append(evaluate_retrieval(model, *test, args.batch_size_test, device))
+    names = {"set": "all data", "method": "all data", "image_encoder": args.image_encoder, "trains": factory.trains}
+    return {**names, "results": results}
+
+
+def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results) -> dict:
+    return {
+        "set": path,
+        "method": synset.settings["method"],
+        "pairs": len(synset.captions),
+        "image_encoder": image_encoder,
+        "trains": trains,
+        "rates": [synset.syn_lr_img, synset.syn_lr_txt],
+        "results": results,
+    }
+
+
+def announce(row: dict) -> None:
+    mean, std = mean_and_std(row["results"])
+    print(f"{row['set']} on {row['image_encoder']}: mean recall {mean['r_mean']:.1f} ± {std['r_mean']:.1f}")
+
+
+def write_tables(rows: list[dict], args) -> None:
+    """Prints the table; writes it to --markdown and its numbers to --json."""
+    stems = [Path(path).stem for path in args.synset]
+    table = {}
+    for row in rows:
+        name = Path(row["set"]).stem if stems.count(Path(row["set"]).stem) < 2 else row["set"]
+        rates = " ".join(f"{rate:.3g}" for rate in row.get("rates", []))
+        label = row["set"] if row["method"] == row["set"] else f"{name} ({row['method']})"
+        table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
+    networks = f"mean ± std over {args.num_eval} networks per set"
+    text = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}:\n\n{recall_table(table, COLUMNS)}\n"
+    print(text, end="")
+    shared = {"dataset": args.dataset, "text_encoder": args.text_encoder, "num_eval": args.num_eval}
+    numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
+    for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
+        if file:
+            write_text(Path(file), content)
+
+
+def as_numbers(row: dict) -> dict:
+    mean, std = mean_and_std(row["results"])
+    networks = len(row["results"])
+    return {**{k: v for k, v in row.items() if k != "results"}, "networks": networks, "mean": mean, "std": std}
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 if __name__ == "__main__":

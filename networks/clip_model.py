@@ -114,8 +114,8 @@ class ModelFactory:
     def trains(self) -> str:
         """What trains in the image tower, for tables."""
         if not self.image_trainable:
-            return "the text projection alone"
-        return str(self.lora) if self.lora else "the whole image encoder"
+            return "text projection alone"
+        return str(self.lora) if self.lora else "whole image encoder"
 
     def _build(self) -> ImageEncoder:
         encoder = self.build_encoder().requires_grad_(self.image_trainable)

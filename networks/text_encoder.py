@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from data.errors import InputError
 
@@ -46,7 +47,7 @@ class TextEncoder:
             self.is_clip = config.model_type in ("clip", "clip_text_model")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"cannot load text encoder '{name}' ({reason}); give one of {', '.join(SHORT_NAMES)}, "

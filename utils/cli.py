@@ -3,7 +3,9 @@
 import argparse
 import ast
 import difflib
+import errno
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -153,8 +155,9 @@ def key_value(text: str) -> tuple:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not key=value")
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        # By way of JSON, as saved settings are: a tuple becomes a list here too.
+        return key, json.loads(json.dumps(ast.literal_eval(value)))
+    except (ValueError, SyntaxError, TypeError):
         return key, value
 
 
@@ -164,17 +167,24 @@ def add_data_flags(parser: Parser) -> None:
     add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
     parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
-    add("--cache_dir", default="cache", help="folder for cached caption embeddings")
+    add("--cache_dir", default="cache", help="folder for cached caption embeddings and picture features")
     add("--num_workers", type=number(int, least=0), default=min(8, os.cpu_count() or 1), help="loader processes")
     add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 
 
-def add_network_flags(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--image_encoder", default="nfnet", help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model")
+def add_network_flags(parser: Parser, several: bool = False) -> None:
+    """`several`: a list of image encoders, with a checkpoint for each, instead of one."""
+    add, nargs = parser.add_argument, "+" if several else None
+    add(
+        "--image_encoder",
+        nargs=nargs,
+        default="nfnet",
+        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model",
+    )
     parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
     parser.add_bool("image_trainable", True, "train the image encoder, not the text projection alone")
-    add("--image_checkpoint", help="file with the image encoder's weights (safetensors or torch)")
+    each = "; one for each encoder, 'none' for published weights" if several else ""
+    add("--image_checkpoint", nargs=nargs, help=f"file with the image encoder's weights (safetensors or torch){each}")
     add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
     add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
     parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
@@ -216,6 +226,11 @@ def one_line_errors(main):
             main(argv)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print(f"error: the disk is full ({error}); free some space", file=sys.stderr)
             return 2
         except torch.cuda.OutOfMemoryError:
             print(

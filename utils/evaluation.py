@@ -64,11 +64,16 @@ def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dic
     return {k: statistics.fmean(v) for k, v in columns.items()}, {k: statistics.pstdev(v) for k, v in columns.items()}
 
 
-def recall_table(rows: dict[str, list[dict[str, float]]], first_column: str = "set") -> str:
-    """Markdown: a row per entry, recalls in per cent as mean ± std over its models."""
-    head = [first_column, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
+def recall_table(rows: dict[tuple | str, list[dict[str, float]]], columns: tuple[str, ...] = ("set",)) -> str:
+    """Markdown: a row per entry, recalls in per cent as mean ± std over its models.
+
+    A key of `rows` is what stands in the first `columns`: a tuple, or a string if it is one column.
+    """
+    head = [*columns, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
     lines = [head, ["---"] * len(head)]
     for name, results in rows.items():
         mean, std = mean_and_std(results)
-        lines.append([name, *(f"{mean[key]:.1f} ± {std[key]:.1f}" for key in RECALLS)])
+        lines.append(
+            [*([name] if isinstance(name, str) else name), *(f"{mean[key]:.1f} ± {std[key]:.1f}" for key in RECALLS)]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -22,10 +22,12 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
-        os.replace(temporary, path)
+        try:
+            save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
 
 

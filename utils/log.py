@@ -20,12 +20,15 @@ class Log:
         disabled_wandb: log to metrics.jsonl only.
 
     Raises:
-        InputError: wandb is asked for and not installed.
+        InputError: the folder cannot be written to, or wandb is asked for and not installed.
     """
 
     def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        except OSError as error:
+            raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
         self.run = None if disabled_wandb else _start_wandb(folder, settings, name)
 
     def __call__(self, values: dict, step: int) -> None:

@@ -66,17 +66,23 @@ def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFacto
         )
 
     starts_pretrained = args.image_pretrained or args.image_checkpoint is not None
-    with_adapters = args.lora_rank is not None and not train_in_full
-    lora = Lora(args.lora_rank, args.lora_alpha, args.lora_layers, args.lora_train) if with_adapters else None
+    lora = None if train_in_full else lora_of(args)
     return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, find_device(args), lora)
+
+
+def lora_of(args) -> Lora | None:
+    return None if args.lora_rank is None else Lora(args.lora_rank, args.lora_alpha, args.lora_layers, args.lora_train)
 
 
 def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
     """Prints once what trains; returns the counts and the digest of the frozen weights, to be saved as settings."""
     counts = count_parameters(model)
-    print(
-        f"training {factory.trains}: {counts['parameters_trained']:,} of {counts['parameters_full']:,} parameters "
-        f"({counts['reduction_percent']:.2f} % fewer), {counts['image_parameters_trained']:,} of "
-        f"{counts['image_parameters_full']:,} in the image encoder ({counts['image_reduction_percent']:.2f} % fewer)"
-    )
+    line = f"training {factory.trains}: {counts['parameters_trained']:,} parameters"
+    if counts["parameters_trained"] < counts["parameters_full"]:
+        line += (
+            f" of {counts['parameters_full']:,} ({counts['reduction_percent']:.2f} % fewer), in the image encoder "
+            f"{counts['image_parameters_trained']:,} of {counts['image_parameters_full']:,} "
+            f"({counts['image_reduction_percent']:.2f} % fewer)"
+        )
+    print(line)
     return {**counts, "lora_base": factory.base}

@@ -21,9 +21,10 @@ class SynSet:
         image_syn: [M, 3, H, W], pixels normalised with mean and std.
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
         syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with.
-        captions: the nearest real caption of each row of text_syn.
+        captions: the nearest real caption of each row of text_syn; of a coreset, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
+        files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
     """
 
     image_syn: torch.Tensor
@@ -34,6 +35,8 @@ class SynSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     settings: dict = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
 
 def save_synset(path: str | Path, synset: SynSet) -> None:
@@ -48,7 +51,7 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
         "syn_lr_img": torch.tensor(synset.syn_lr_img),
         "syn_lr_txt": torch.tensor(synset.syn_lr_txt),
     }
-    named = {key: getattr(synset, key) for key in ("captions", "mean", "std", "settings")}
+    named = {key: getattr(synset, key) for key in ("captions", "mean", "std", "settings", "files", "scores")}
     save_tensors(path, tensors, {"kind": KIND, **named})
 
 
@@ -68,6 +71,8 @@ def load_synset(path: str | Path) -> SynSet:
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
         settings=metadata["settings"],
+        files=metadata.get("files", []),
+        scores=metadata.get("scores", []),
     )
 
 

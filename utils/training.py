@@ -1,10 +1,11 @@
 """Training a model: one epoch over batches of pairs, and a whole model on a set of synthetic pairs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from data.errors import InputError
+from data.transforms import normalize
 from networks.loss import contrastive_loss
 
 
@@ -15,8 +16,20 @@ def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, weight_decay=weight_decay)
 
 
-def train_epoch(model, batches: Iterable, optimizer, temperature: float) -> tuple[float, float]:
+def device_batches(loader: Iterable, text_embed, encoder, device):
+    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device."""
+    for images, rows in loader:
+        images = images.to(device, non_blocking=True)
+        yield normalize(images, encoder.mean, encoder.std), text_embed[rows].to(device, non_blocking=True)
+
+
+def train_epoch(
+    model, batches: Iterable, optimizer, temperature: float, on_batch: Callable | None = None
+) -> tuple[float, float]:
     """One pass over `batches` of (images [B, 3, H, W] normalised, text_embed [B, D_text]).
+
+    Args:
+        on_batch: called with each batch's (image_features, text_features) [B, D], detached, of before the step.
 
     Returns:
         Mean loss, and the share of images in per cent whose own text is nearest within the batch.
@@ -32,9 +45,12 @@ def train_epoch(model, batches: Iterable, optimizer, temperature: float) -> tupl
         loss.backward()
         optimizer.step()
         losses.append(loss.detach() * len(images))
-        nearest = (image_features.detach() @ text_features.detach().T).argmax(dim=1)
+        image_features, text_features = image_features.detach(), text_features.detach()
+        nearest = (image_features @ text_features.T).argmax(dim=1)
         correct.append((nearest == torch.arange(len(images), device=nearest.device)).sum())
         seen += len(images)
+        if on_batch is not None:
+            on_batch(image_features, text_features)
     mean_loss = (torch.stack(losses).sum() / seen).item()
     if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
         raise InputError(f"training loss became {mean_loss}; lower the learning rates of the model in training")

@@ -1,0 +1,155 @@
+"""Chooses real pairs and saves them as a set like distill.py's: the baselines of distillation.
+
+Every method takes a picture at most once. random: a random caption of random pictures. herding: the pairs whose mean
+feature is nearest to that of all pairs, one after another. kcenter: always the pair farthest from those chosen.
+forgetting: the pairs that an expert forgets most often while it trains, or never learns.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from data.errors import InputError
+from data.pairs import load_images, pair_loader
+from data.transforms import normalize
+from utils import cli
+from utils.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
+from utils.features import embed_images, pair_features
+from utils.setup import find_device, find_split, make_factory, make_text_encoder, training_pairs
+from utils.synset import SynSet, picture_grid, save_synset
+from utils.training import device_batches, make_optimizer, train_epoch
+
+METHODS = ("random", "herding", "kcenter", "forgetting")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="coreset.py", description=__doc__)
+    add = parser.add_argument
+    add("--method", choices=METHODS, required=True, help="how pairs are chosen")
+    add("--num_queries", type=cli.count, default=100, help="number of pairs")
+    add("--save_dir", default="./runs/coreset", help="folder of the set, METHOD_NUMBER.safetensors, and its pictures")
+    add("--output", help="the set's file instead of one in --save_dir; it ends in .safetensors")
+    add(
+        "--features",
+        choices=("image", "text", "joint"),
+        default="joint",
+        help="what herding and kcenter compare: the pretrained encoders' L2-normalised features, joint is both",
+    )
+    add("--lr_teacher_img", type=cli.positive, default=0.1, help="rate of the image tower, for the expert and the set")
+    add("--lr_teacher_txt", type=cli.positive, default=0.1, help="rate of the text tower, for the expert and the set")
+    add("--train_epochs", type=cli.count, default=10, help="epochs of the expert whose forgetting is counted")
+    add("--batch_size_train", type=cli.count, default=128, help="pairs per batch of that expert")
+    add("--mom", type=cli.number(float, least=0, below=1), default=0.0, help="SGD momentum of that expert")
+    add("--l2", type=cli.rate, default=0.0, help="weight decay of that expert")
+    parser.add_bool("decay", False, "multiply that expert's learning rates by 0.1 after half the epochs")
+    parser.add_bool("no_aug", False, "train that expert without crops, flips and RandAugment")
+    parser.add_bool("draw", True, "save a picture grid with captions beside the set")
+    cli.add_data_flags(parser)
+    cli.add_network_flags(parser)
+    cli.add_run_flags(parser)
+    return parser.parse(argv)
+
+
+@cli.one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+    check_flags(args)
+    output = Path(args.output or f"{args.save_dir}/{args.method}_{args.num_queries}.safetensors")
+    device = find_device(args)
+
+    # The real pairs and the encoders.
+    records, paths = find_split(args, "train")
+    check_num_queries(args.num_queries, len(paths))
+    text_encoder = make_text_encoder(args)
+    real, real_embed = training_pairs(args, (records, paths), text_encoder)
+    del text_encoder
+    factory = make_factory(args, real_embed.shape[1])
+
+    # The choice.
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.method == "random":
+        rows = random_rows(real.row_to_image, args.num_queries, generator)
+        scores = [0.0] * len(rows)
+    elif args.method == "forgetting":
+        forgotten = count_forgetting(real, real_embed, factory, args, device)
+        rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
+    else:
+        choose = {"herding": herding, "kcenter": kcenter}[args.method]
+        features = encoder_features(real, real_embed, factory.encoder, args, device)
+        rows, scores = choose(features, real.row_to_image, args.num_queries)
+
+    # The set.
+    synset = as_set(rows, scores, real, real_embed, records, factory.encoder, args)
+    save_synset(output, synset)
+    print(f"{args.method}: {len(rows)} of {len(real)} pairs of {len(paths)} pictures, saved to {output}")
+    if args.draw:
+        picture_grid(synset).save(output.with_suffix(".png"))
+
+
+def check_flags(args) -> None:
+    """Raises InputError for flags with which the method cannot work."""
+    if args.output and not args.output.endswith(".safetensors"):
+        raise InputError(f"--output {args.output} must end in .safetensors")
+    if args.method == "forgetting" and args.train_epochs < 2:
+        raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
+    if args.method == "forgetting" and args.batch_size_train < 2:
+        raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
+    on_images = args.method in ("herding", "kcenter") and args.features != "text"
+    if on_images and not (args.image_pretrained or args.image_checkpoint):
+        raise InputError(
+            f"--features {args.features} needs a pretrained image encoder; drop --no_image_pretrained, "
+            "give --image_checkpoint or use --features text"
+        )
+
+
+def encoder_features(real, real_embed, encoder, args, device):
+    """Features [rows, D] of --features; pictures are encoded only if they are needed."""
+    image_embed = None
+    if args.features != "text":
+        sizes = args.image_size, args.batch_size_test
+        image_embed = embed_images(real.paths, encoder, *sizes, device, args.cache_dir)
+    return pair_features(args.features, image_embed, real_embed, real.row_to_image)
+
+
+def count_forgetting(real, real_embed, factory, args, device):
+    """Trains one expert as buffer.py does; returns each pair's forgetting events [rows]."""
+    torch.manual_seed(args.seed)
+    loader = pair_loader(real, args.batch_size_train, args.seed, args.num_workers)
+    model = factory.fresh(args.seed)
+    optimizer = make_optimizer(model, args.lr_teacher_img, args.lr_teacher_txt, args.mom, args.l2)
+    gamma = 0.1 if args.decay else 1.0
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(args.train_epochs + 1) // 2, gamma=gamma)
+    counter = ForgettingCounter(real.row_to_image)
+    for epoch in range(args.train_epochs):
+        batches = device_batches(counter.watch(loader), real_embed, model.image_encoder, device)
+        loss, _ = train_epoch(model, batches, optimizer, args.temperature, counter.count_batch)
+        schedule.step()
+        shares = [100 * flags.float().mean().item() for flags in (counter.was_matched, counter.learned)]
+        print(
+            f"epoch {epoch + 1}/{args.train_epochs}: loss {loss:.3f}, {shares[0]:.1f} % of the pairs matched, "
+            f"{shares[1]:.1f} % at least once, {counter.forgotten.sum()} forgetting events"
+        )
+    return counter.scores()
+
+
+def as_set(rows, scores, real, real_embed, records, encoder, args) -> SynSet:
+    """The chosen pairs with their captions, file names and scores; the rates are those of the flags."""
+    pictures = real.row_to_image[rows].tolist()
+    images = load_images([real.paths[i] for i in pictures], args.image_size)
+    return SynSet(
+        image_syn=normalize(images, encoder.mean, encoder.std),
+        text_syn=real_embed[rows],
+        syn_lr_img=args.lr_teacher_img,
+        syn_lr_txt=args.lr_teacher_txt,
+        captions=[real.captions[row] for row in rows],
+        mean=encoder.mean,
+        std=encoder.std,
+        settings=vars(args),
+        files=[records[i].image for i in pictures],
+        scores=scores,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

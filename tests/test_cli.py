@@ -1,0 +1,226 @@
+"""Flags: booleans, compatibility, help, defaults of the demo, mistakes."""
+
+import argparse
+import errno
+
+import pytest
+import torch
+
+import buffer
+import distill
+import evaluate
+from data.errors import InputError
+from utils import cli
+from utils.synset import SynSet, load_synset, save_synset
+
+SCRIPTS = {"buffer": buffer, "distill": distill, "evaluate": evaluate}
+RELEASED_BUFFER = """dataset num_experts train_epochs lr_teacher_img lr_teacher_txt mom l2 decay batch_size_train
+    batch_size_test buffer_path image_root ann_root image_size image_encoder text_encoder image_pretrained
+    text_pretrained image_trainable name"""
+RELEASED_DISTILL = """dataset batch_size_test buffer_path image_root ann_root image_size image_encoder text_encoder
+    image_pretrained text_pretrained image_trainable name lr_teacher_img lr_teacher_txt Iteration eval_it num_eval
+    epoch_eval_train num_queries mini_batch_size syn_steps expert_epochs max_start_epoch lr_img lr_txt lr_lr batch_train
+    pix_init txt_init draw std max_files max_experts no_aug save_dir"""
+
+
+@pytest.fixture
+def synset_file(tmp_path):
+    pairs = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), 0.1, 0.2, ["a", "b"], (0.5,) * 3, (0.5,) * 3
+    settings = {"dataset": "tiny", "image_encoder": "test_vit", "image_checkpoint": "weights", "image_size": 32}
+    save_synset(tmp_path / "set.safetensors", SynSet(*pairs, {**settings, "num_eval": 2, "text_encoder": "demo"}))
+    return str(tmp_path / "set.safetensors")
+
+
+def stderr_line(capsys, call, *args):
+    """The one line on stderr that `call` leaves with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and ": error: " in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], True),
+        (["--draw"], True),
+        (["--draw", "True"], True),
+        (["--draw=false"], False),
+        (["--draw", "0"], False),
+        (["--no_draw"], False),
+        (["--draw", "--seed", "3"], True),
+    ],
+)
+def test_booleans(argv, expected):
+    assert distill.parse_args(argv).draw is expected
+
+
+def test_booleans_that_are_off_by_default():
+    assert buffer.parse_args([]).decay is False
+    assert buffer.parse_args(["--decay"]).decay is True
+    assert buffer.parse_args(["--no_decay"]).decay is False
+    assert buffer.parse_args(["--no_aug"]).no_aug is True
+
+
+def test_boolean_that_is_neither(capsys):
+    line = stderr_line(capsys, distill.parse_args, ["--draw", "maybe"])
+    assert "maybe" in line and "--draw" in line
+
+
+def test_published_commands_parse():
+    common = "--dataset=flickr --buffer_path=B --image_encoder=nfnet --text_encoder=bert --image_root=I --ann_root=A"
+    args = buffer.parse_args(f"{common} --train_epochs=10 --num_experts=20 --image_size=224".split())
+    assert (args.dataset, args.train_epochs, args.num_experts, args.image_size) == ("flickr", 10, 20, 224)
+    more = "--syn_steps=8 --expert_epochs=1 --max_start_epoch=2 --lr_img=1000 --lr_txt=1000 --lr_lr=1e-02"
+    args = distill.parse_args(f"{common} {more} --num_queries 100 --draw True --save_dir=S".split())
+    assert (args.syn_steps, args.lr_img, args.lr_lr, args.num_queries, args.draw) == (8, 1000, 0.01, 100, True)
+    assert (args.save_dir, args.buffer_path) == ("S", "B")
+
+
+@pytest.mark.parametrize(("script", "names"), [(buffer, RELEASED_BUFFER), (distill, RELEASED_DISTILL)])
+def test_live_flags_of_the_released_scripts_keep_their_names(script, names):
+    assert not [name for name in names.split() if name not in vars(script.parse_args([]))]
+
+
+@pytest.mark.parametrize("name", ["buffer", "distill"])
+def test_unused_flags_are_one_warning_and_not_in_the_help(name, capsys):
+    script = SCRIPTS[name]
+    args = script.parse_args(["--zca", "True", "--dsa_strategy=color", "--distill", "--seed", "5"])
+    assert args.seed == 5 and "zca" not in args
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning:") and all(f"--{flag}" in line for flag in ("zca", "dsa_strategy", "distill"))
+    assert "--margin" not in line
+    text = help_text(script, capsys)
+    assert not [flag for flag in cli.UNUSED_FLAGS if flag not in vars(args) and f"--{flag} " in text]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_warning_without_unused_flags(name, capsys, synset_file):
+    SCRIPTS[name].parse_args(["--synset", synset_file] if name == "evaluate" else [])
+    assert capsys.readouterr().out == ""
+
+
+def help_text(script, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(["--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_visible_flag_has_a_help_text(name, capsys, monkeypatch):
+    parsers = []
+    init = cli.Parser.__init__
+    monkeypatch.setattr(cli.Parser, "__init__", lambda self, **kwargs: parsers.append(self) or init(self, **kwargs))
+    text = help_text(SCRIPTS[name], capsys)
+    actions = [action for action in parsers[0]._actions if action.help != argparse.SUPPRESS]
+    assert len(actions) > 15
+    assert not [action.dest for action in actions if not action.help or len(action.help) < 8]
+    assert all(f"--{action.dest}" in text for action in actions)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_unknown_flag_offers_the_nearest(name, capsys):
+    needed = ["--synset", "x"] if name == "evaluate" else []
+    line = stderr_line(capsys, SCRIPTS[name].parse_args, [*needed, "--image_rot=I"])
+    assert line.startswith(f"{name}.py: error:") and "--image_rot" in line and "--image_root" in line
+
+
+def test_flags_are_not_abbreviated(capsys):
+    assert "--num_exp" in stderr_line(capsys, buffer.parse_args, ["--num_exp", "3"])
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        (buffer, ["--num_experts", "0"]),
+        (buffer, ["--num_experts", "2.5"]),
+        (buffer, ["--lr_teacher_img", "-1"]),
+        (buffer, ["--lr_teacher_img", "nan"]),
+        (buffer, ["--mom", "1"]),
+        (buffer, ["--temperature", "0"]),
+        (buffer, ["--image_kwargs", "novalue"]),
+        (distill, ["--pix_init", "fake"]),
+        (distill, ["--num_queries", "many"]),
+        (distill, ["--lr_teacher_img", "0"]),
+        (evaluate, []),
+    ],
+)
+def test_values_out_of_range(script, argv, capsys):
+    line = stderr_line(capsys, script.parse_args, argv)
+    assert (argv or ["--synset"])[0] in line and (not argv or argv[1] in line)
+
+
+def test_image_kwargs_are_python_values_as_json_keeps_them():
+    argv = ["--image_kwargs", "a=1", "b=0.5", "c=(1, 2)", "d=name", "e=None"]
+    assert buffer.parse_args(argv).image_kwargs == {"a": 1, "b": 0.5, "c": [1, 2], "d": "name", "e": None}
+    assert buffer.parse_args([]).image_kwargs == {}
+
+
+@pytest.mark.parametrize("name", ["buffer", "distill"])
+def test_demo_changes_defaults_not_what_is_given(name):
+    for argv in (["--dataset", "demo"], ["--dataset=demo"]):
+        args = SCRIPTS[name].parse_args(argv)
+        assert {key: value for key, value in vars(args).items() if key in cli.DEMO_DEFAULTS} == {
+            key: value for key, value in cli.DEMO_DEFAULTS.items() if key in vars(args)
+        }
+    args = SCRIPTS[name].parse_args(["--image_size", "32", "--dataset", "demo", "--text_pooling", "cls"])
+    assert (args.image_size, args.text_pooling, args.text_encoder) == (32, "cls", "demo")
+    assert SCRIPTS[name].parse_args([]).image_encoder == "nfnet"
+
+
+@pytest.mark.parametrize("argv", [[], ["--dataset", "demo"]])
+def test_defaults_work_together(argv):
+    """Experts of the default length hold the snapshots, and the mini-batch fits."""
+    experts, args = buffer.parse_args(argv), distill.parse_args(argv)
+    assert args.max_start_epoch - 1 + args.expert_epochs <= experts.train_epochs
+    assert args.mini_batch_size <= args.num_queries
+    same = {key for key in vars(args) if key in vars(experts)} - {"name"}
+    assert {key: getattr(args, key) for key in same} == {key: getattr(experts, key) for key in same}
+
+
+def test_evaluation_takes_its_defaults_from_the_set(synset_file):
+    args = evaluate.parse_args(["--synset", synset_file])
+    assert (args.dataset, args.image_size, args.num_eval, args.text_encoder) == ("tiny", 32, 2, "demo")
+    assert args.image_encoder == ["test_vit"]
+    argv = ["--synset", synset_file, "--image_encoder", "test_nfnet", "test_vit", "--num_eval", "7"]
+    args = evaluate.parse_args(argv)
+    assert args.num_eval == 7
+    encoders = evaluate.encoder_args(args, [load_synset(synset_file)])
+    assert {name: own.image_checkpoint for name, own in encoders.items()} == {"test_nfnet": None, "test_vit": "weights"}
+    encoders = evaluate.encoder_args(evaluate.parse_args([*argv, "--image_checkpoint", "new", "none"]), [])
+    assert [own.image_checkpoint for own in encoders.values()] == ["new", None]
+    assert all(own.image_pretrained and own.image_trainable and own.image_kwargs == {} for own in encoders.values())
+
+
+# ---- errors of a run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "start"),
+    [
+        (InputError("no such thing; do that"), 2, "error: no such thing; do that"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory\nlong"), 2, "error: CUDA is out of memory; lower --batch"),
+        (OSError(errno.ENOSPC, "No space left on device", "grid.png"), 2, "error: the disk is full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line(error, code, start, capsys):
+    @cli.one_line_errors
+    def main(argv=None):
+        raise error
+
+    assert main([]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(start)
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    @cli.one_line_errors
+    def main(argv=None):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])

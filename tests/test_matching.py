@@ -1,0 +1,274 @@
+"""The matching loss and its gradient, against a plain unroll of all steps and against finite differences."""
+
+import pytest
+import torch
+
+from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
+from networks.image_encoder import build_image_encoder
+from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss, student_loss
+
+NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
+TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
+
+
+def unroll(loss_fn, start, target, pairs, batches, seed):
+    """The oracle: every step's graph is kept. Returns the matching loss, a function of pairs' tensors."""
+    image_syn, text_syn, lr_img, lr_txt = pairs.tensors()
+    params = {name: value.detach().requires_grad_() for name, value in start.items()}
+    for step, batch in enumerate(batches):
+        torch.manual_seed(seed + step)
+        loss = loss_fn(params, image_syn[batch], text_syn[batch])
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {
+            name: value - (lr_img if name.startswith("image_encoder.") else lr_txt) * grad
+            for (name, value), grad in zip(params.items(), grads, strict=True)
+        }
+    total = 0
+    for tower in ("image_encoder.", "text_projection."):
+        names = [name for name in start if name.startswith(tower)]
+        if names:
+            distance = sum((params[n] - target[n]).pow(2).sum() for n in names)
+            total = total + distance / sum((start[n] - target[n]).pow(2).sum() for n in names)
+    return total
+
+
+def unroll_gradient(loss_fn, start, target, pairs, batches, seed):
+    with torch.random.fork_rng():
+        leaves = Pairs(*(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors()))
+        loss = unroll(loss_fn, start, target, leaves, batches, seed)
+        return loss.detach(), Pairs(*torch.autograd.grad(loss, leaves.tensors()))
+
+
+def relative_error(value, expected):
+    assert expected.norm() > 0
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+class Problem:
+    """A student in float64 with everything `matching_gradient` takes."""
+
+    def __init__(self, encoder, dropout=0.1, freeze=None, **kwargs):
+        generator = torch.Generator().manual_seed(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            image_encoder = build_image_encoder(encoder, 32, pretrained=False, kwargs=kwargs)
+            self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, image_encoder.width, dropout))
+        self.model.double().train()
+        if freeze:
+            getattr(self.model, freeze).requires_grad_(False)
+        self.loss_fn = student_loss(self.model, 0.07)
+
+        def normal(shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        # Moved from the initialisation, where some gains are exactly zero.
+        parameters = trained_parameters(self.model).items()
+        self.start = {name: p.detach() + 0.05 * normal(p.shape) for name, p in parameters}
+        self.target = {name: value + 0.02 * normal(value.shape) for name, value in self.start.items()}
+        rates = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+        self.pairs = Pairs(normal((NUM_PAIRS, 3, 32, 32)), normal((NUM_PAIRS, TEXT_DIM)), *rates)
+
+    def arguments(self, steps, seed=7, batch_size=BATCH_SIZE):
+        batches = draw_batches(NUM_PAIRS, batch_size, steps, torch.Generator().manual_seed(3))
+        return self.loss_fn, self.start, self.target, self.pairs, batches, seed
+
+
+@pytest.fixture(scope="module")
+def nfnet():
+    return Problem("test_nfnet")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return Problem("test_vit", drop_path_rate=0.2, proj_drop_rate=0.1)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("encoder", ["nfnet", "vit"])
+def test_gradient_equals_the_full_unroll(encoder, steps, request):
+    """With dropout on, and mini-batches smaller than the set."""
+    arguments = request.getfixturevalue(encoder).arguments(steps)
+    loss, expected = unroll_gradient(*arguments)
+    matching = matching_gradient(*arguments)
+    assert matching.loss.dtype == torch.float64
+    assert relative_error(matching.loss, loss) < 1e-10
+    for name in NAMES:
+        assert relative_error(getattr(matching.gradient, name), getattr(expected, name)) < 1e-10, name
+
+
+@pytest.mark.parametrize("encoder", ["nfnet", "vit"])
+def test_dropout_is_on_and_seeded(encoder, request):
+    problem = request.getfixturevalue(encoder)
+    first, again, other = (matching_gradient(*problem.arguments(2, seed)) for seed in (7, 7, 8))
+    for left, right in zip(first.gradient.tensors(), again.gradient.tensors(), strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(first.student_losses, again.student_losses)
+    assert first.loss == again.loss
+    assert (first.student_losses != other.student_losses).all()
+    assert first.loss != other.loss
+
+
+def test_without_dropout_the_seed_is_without_effect():
+    problem = Problem("test_nfnet", dropout=0.0)
+    assert matching_gradient(*problem.arguments(2, 7)).loss == matching_gradient(*problem.arguments(2, 8)).loss
+
+
+def test_global_random_state_and_arguments_stay_as_they_are(nfnet):
+    arguments = nfnet.arguments(2)
+    kept = {name: value.clone() for name, value in nfnet.start.items()}
+    pairs = [tensor.clone() for tensor in nfnet.pairs.tensors()]
+    state = torch.get_rng_state()
+    matching_gradient(*arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(nfnet.start[name], value) for name, value in kept.items())
+    for tensor, before in zip(nfnet.pairs.tensors(), pairs, strict=True):
+        assert torch.equal(tensor, before)
+        assert not tensor.requires_grad
+    assert all(p.grad is None for p in nfnet.model.parameters())
+
+
+def test_student_losses_are_those_before_each_step(nfnet):
+    loss_fn, start, target, pairs, batches, seed = nfnet.arguments(3)
+    matching = matching_gradient(loss_fn, start, target, pairs, batches, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first = loss_fn(start, pairs.image_syn[batches[0]], pairs.text_syn[batches[0]])
+    assert matching.student_losses.shape == (3,)
+    assert torch.allclose(matching.student_losses[0], first, rtol=1e-12, atol=0)
+    assert torch.isclose(matching.image_loss + matching.text_loss, matching.loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "its_loss", "its_rate"),
+    [("image_encoder", "image_loss", "syn_lr_img"), ("text_projection", "text_loss", "syn_lr_txt")],
+)
+def test_a_tower_that_does_not_train_counts_nothing(frozen, its_loss, its_rate):
+    arguments = Problem("test_vit", freeze=frozen).arguments(3)
+    matching = matching_gradient(*arguments)
+    assert getattr(matching, its_loss) == 0
+    assert getattr(matching.gradient, its_rate) == 0
+    loss_fn, start, target, pairs, batches, seed = arguments
+    leaves = Pairs(*(tensor.clone().requires_grad_() for tensor in pairs.tensors()))
+    with torch.random.fork_rng():
+        loss = unroll(loss_fn, start, target, leaves, batches, seed)
+    expected = torch.autograd.grad(loss, leaves.tensors(), materialize_grads=True, allow_unused=True)
+    assert relative_error(matching.loss, loss.detach()) < 1e-10
+    for name, value, gradient in zip(NAMES, matching.gradient.tensors(), expected, strict=True):
+        if name != its_rate:
+            assert relative_error(value, gradient) < 1e-10, name
+
+
+def test_an_expert_that_stood_still_in_a_tower_counts_nothing_there(nfnet):
+    loss_fn, start, target, pairs, batches, seed = nfnet.arguments(2)
+    target = {name: start[name] if name.startswith("image_encoder.") else value for name, value in target.items()}
+    matching = matching_gradient(loss_fn, start, target, pairs, batches, seed)
+    assert matching.image_loss == 0
+    assert matching.loss == matching.text_loss > 0
+    assert all(torch.isfinite(tensor).all() for tensor in matching.gradient.tensors())
+
+
+def test_single_precision_in_channels_last():
+    """As the scripts run it; without dropout, whose masks differ between the precisions."""
+    problem = Problem("test_nfnet", dropout=0.0)
+    loss_fn, start, target, pairs, batches, seed = problem.arguments(4)
+    expected = unroll_gradient(loss_fn, start, target, pairs, batches, seed)[1]
+    problem.model.float()
+    start, target = ({name: value.float() for name, value in values.items()} for values in (start, target))
+    pairs = Pairs(*(tensor.float() for tensor in pairs.tensors()))
+    pairs.image_syn = pairs.image_syn.to(memory_format=torch.channels_last)
+    gradient = matching_gradient(loss_fn, start, target, pairs, batches, seed).gradient
+    for name in NAMES:
+        assert getattr(gradient, name).dtype == torch.float32
+        assert relative_error(getattr(gradient, name).double(), getattr(expected, name)) < 1e-3, name
+
+
+# ---- a problem small enough to follow by hand
+
+
+def toy_loss(params, images, text_embed):
+    """Two linear towers; dropout on the text."""
+    image_features = torch.tanh(images.flatten(1) @ params["image_encoder.weight"].T)
+    text = torch.nn.functional.dropout(text_embed, 0.3)
+    return ((image_features - text @ params["text_projection.weight"].T) ** 2).sum(1).exp().mean()
+
+
+def toy_problem(steps):
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64) / 2
+
+    start = {"image_encoder.weight": normal(2, 12), "text_projection.weight": normal(2, 3)}
+    target = {name: value + 0.3 * normal(*value.shape) for name, value in start.items()}
+    rates = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+    pairs = Pairs(normal(4, 3, 2, 2), normal(4, 3), *rates)
+    return toy_loss, start, target, pairs, draw_batches(4, 2, steps, generator), 11
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_gradient_equals_finite_differences(steps):
+    loss_fn, start, target, pairs, batches, seed = toy_problem(steps)
+    gradient = matching_gradient(loss_fn, start, target, pairs, batches, seed).gradient
+    step = 1e-6
+    for name in NAMES:
+        values, analytic = getattr(pairs, name).view(-1), getattr(gradient, name).view(-1)
+        numeric = torch.empty_like(analytic)
+        for i in range(len(values)):
+            losses, middle = [], values[i].item()
+            for shifted in (middle + step, middle - step):
+                values[i] = shifted
+                losses.append(matching_gradient(loss_fn, start, target, pairs, batches, seed).loss)
+            values[i] = middle
+            numeric[i] = (losses[0] - losses[1]) / (2 * step)
+        assert relative_error(analytic, numeric) < 1e-6, name
+
+
+def test_one_step_by_hand():
+    """θ̂ = θ − β ∇ℓ after a single step on the whole set, ℓ without dropout."""
+
+    def loss_fn(params, images, text_embed):
+        return (params["image_encoder.w"] * images.sum() + params["text_projection.w"] * text_embed.sum()).sum()
+
+    start = {"image_encoder.w": torch.tensor([1.0]), "text_projection.w": torch.tensor([2.0])}
+    target = {"image_encoder.w": torch.tensor([0.0]), "text_projection.w": torch.tensor([4.0])}
+    pairs = Pairs(torch.full((1, 3, 1, 1), 1.0), torch.tensor([[2.0]]), torch.tensor(0.1), torch.tensor(0.5))
+    matching = matching_gradient(loss_fn, start, target, pairs, [torch.tensor([0])], 0)
+    # image: 1 - 0.1 * 3 = 0.7, distance 0.49 of 1; text: 2 - 0.5 * 2 = 1, distance 9 of 4.
+    assert matching.image_loss.item() == pytest.approx(0.49)
+    assert matching.text_loss.item() == pytest.approx(2.25)
+    assert matching.student_losses.tolist() == pytest.approx([7.0])
+    gradient = matching.gradient
+    assert gradient.image_syn.flatten().tolist() == pytest.approx([2 * 0.7 * -0.1] * 3)
+    assert gradient.text_syn.item() == pytest.approx(2 * (1 - 4) * -0.5 / 4)
+    assert gradient.syn_lr_img.item() == pytest.approx(2 * 0.7 * -3)
+    assert gradient.syn_lr_txt.item() == pytest.approx(2 * (1 - 4) * -2 / 4)
+
+
+def test_matching_loss_by_hand():
+    names = ("image_encoder.a", "image_encoder.b", "text_projection.a")
+    start = dict(zip(names, torch.tensor([[1.0], [2.0], [3.0]]), strict=True))
+    target = dict(zip(names, torch.tensor([[2.0], [4.0], [0.0]]), strict=True))
+    student = dict(zip(names, torch.tensor([[2.0], [3.0], [9.0]]), strict=True))
+    image_loss, text_loss = matching_loss(student, start, target)
+    assert image_loss.item() == pytest.approx((0 + 1) / (1 + 4))
+    assert text_loss.item() == pytest.approx(81 / 9)
+    assert sum(matching_loss(start, start, target)) == 2  # a student that stays put
+    assert sum(matching_loss(target, start, target)) == 0
+
+
+# ---- mini-batches
+
+
+def test_batches_are_distinct_pairs_drawn_anew():
+    batches = draw_batches(10, 4, 50, torch.Generator().manual_seed(0))
+    assert len(batches) == 50
+    assert all(len(batch) == len(set(batch.tolist())) == 4 for batch in batches)
+    assert len({tuple(batch.tolist()) for batch in batches}) > 40
+    assert set(torch.cat(batches).tolist()) == set(range(10))
+    again = draw_batches(10, 4, 50, torch.Generator().manual_seed(0))
+    assert all(torch.equal(left, right) for left, right in zip(batches, again, strict=True))
+
+
+def test_a_batch_larger_than_the_set_is_the_set():
+    (batch,) = draw_batches(3, 100, 1, torch.Generator().manual_seed(0))
+    assert sorted(batch.tolist()) == [0, 1, 2]

@@ -1,0 +1,342 @@
+"""Encoders, projection head, fresh models and the contrastive loss; no download, weights made here."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from data.errors import InputError
+from networks import image_encoder, text_encoder
+from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
+from networks.image_encoder import SHORT_NAMES, build_image_encoder
+from networks.loss import contrastive_loss
+from networks.text_encoder import TextEncoder
+
+
+def error_line(call, *args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- image encoders
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_short_names_stand_for_timm_models(name):
+    assert timm.is_model(SHORT_NAMES[name].split(".")[0])
+
+
+@pytest.mark.parametrize(("name", "width"), [("nf_regnet", 960), ("vit", 192), ("test_nfnet", 192), ("test_vit", 64)])
+def test_encoder_by_name_gives_pooled_features(name, width):
+    encoder = build_image_encoder(name, 32, pretrained=False)
+    assert encoder.width == width
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, width)
+    config = timm.get_pretrained_cfg(SHORT_NAMES.get(name, name))
+    assert (encoder.mean, encoder.std) == (config.mean, config.std)
+
+
+def test_kwargs_reach_timm():
+    assert build_image_encoder("test_vit", 32, pretrained=False, kwargs={"embed_dim": 32}).width == 32
+    assert "embed_dimm" in error_line(build_image_encoder, "test_vit", 32, False, kwargs={"embed_dimm": 32})
+
+
+def test_unknown_encoder_offers_near_names():
+    line = error_line(build_image_encoder, "nf_resnet5", 32)
+    assert "nf_resnet5" in line and "did you mean" in line and "nf_resnet50" in line
+    assert "timm.list_models" in error_line(build_image_encoder, "?!", 32)
+
+
+def test_size_that_the_model_refuses():
+    line = error_line(build_image_encoder, "test_vit", 30, pretrained=False)
+    assert "30" in line and "--image_size" in line
+
+
+def test_batch_norm_statistics_never_move():
+    encoder = build_image_encoder("test_resnet", 32, pretrained=False).train()
+    assert encoder.training
+    before = {name: value.clone() for name, value in encoder.named_buffers()}
+    images = 5 + torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = encoder(images)
+    assert before and all(torch.equal(value, before[name]) for name, value in encoder.named_buffers())
+    assert torch.equal(encoder.eval()(images), output)
+
+
+def test_attention_is_unfused_and_differentiable_twice():
+    encoder = build_image_encoder("test_vit", 32, pretrained=False)
+    fused = [module.fused_attn for module in encoder.modules() if hasattr(module, "fused_attn")]
+    assert fused and not any(fused)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(encoder(images).square().sum(), images, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), images)
+    assert torch.isfinite(second).all() and second.norm() > 0
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_checkpoint_is_loaded(tmp_path, ending):
+    torch.manual_seed(5)
+    state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+    path = tmp_path / f"weights.{ending}"
+    save_file(state, path) if ending == "safetensors" else torch.save(state, path)
+    loaded = build_image_encoder("test_vit", 32, checkpoint=str(path)).model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_wrong_checkpoints(tmp_path, ending):
+    path = tmp_path / f"weights.{ending}"
+    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    path.write_bytes(b"not weights at all")
+    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    state = timm.create_model("test_nfnet", num_classes=0).state_dict()
+    save_file(state, path) if ending == "safetensors" else torch.save(state, path)
+    line = error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert str(path) in line and "test_vit" in line
+
+
+def test_checkpoint_spares_the_download(monkeypatch, tmp_path):
+    asked = []
+    create = timm.create_model
+
+    def create_model(name, pretrained, **kwargs):
+        asked.append(pretrained)
+        return create(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(image_encoder.timm, "create_model", create_model)
+    path = tmp_path / "weights.safetensors"
+    save_file(create("test_nfnet", num_classes=0).state_dict(), path)
+    build_image_encoder("test_nfnet", 32, checkpoint=str(path))
+    build_image_encoder("test_nfnet", 32)
+    assert asked == [False, True]
+
+
+# ---- projection head and model
+
+
+def test_projection_head_of_the_paper():
+    head = ProjectionHead(768, 2304)
+    assert sum(p.numel() for p in head.parameters()) == 7_087_104
+    assert head.dropout.p == 0.1
+
+
+def test_projection_head_by_hand():
+    head = ProjectionHead(3, 4).double().eval()
+    text_embed = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    projected = text_embed @ head.projection.weight.T + head.projection.bias
+    gelu = projected * (1 + torch.erf(projected / math.sqrt(2))) / 2
+    total = gelu @ head.fc.weight.T + head.fc.bias + projected
+    centred = total - total.mean(1, keepdim=True)
+    expected = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(head(text_embed), expected, rtol=1e-10)
+
+
+def test_model_normalises_features_and_names_its_towers():
+    model = CLIPModel(build_image_encoder("test_vit", 32, pretrained=False), ProjectionHead(5, 64))
+    image_features, text_features = model(torch.randn(3, 3, 32, 32), torch.randn(3, 5))
+    assert torch.allclose(image_features.norm(dim=1), torch.ones(3))
+    assert torch.allclose(text_features.norm(dim=1), torch.ones(3))
+    assert {name.split(".")[0] for name in trained_parameters(model)} == {"image_encoder", "text_projection"}
+    model.image_encoder.requires_grad_(False)
+    assert {name.split(".")[0] for name in trained_parameters(model)} == {"text_projection"}
+
+
+# ---- fresh models
+
+
+def copy_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal_parts(left, right, tower):
+    return all(torch.equal(left[name], right[name]) for name in left if name.startswith(tower))
+
+
+@pytest.mark.parametrize("starts_pretrained", [True, False])
+def test_fresh_models_depend_on_the_seed_alone(starts_pretrained):
+    def build():
+        return build_image_encoder("test_nfnet", 32, pretrained=False)
+
+    factory = ModelFactory(build, starts_pretrained, text_dim=6)
+    model = factory.fresh(3)
+    first = copy_of(model)
+    with torch.no_grad():  # as training would
+        for p in model.parameters():
+            p += 1
+    state = torch.get_rng_state()
+    other = copy_of(factory.fresh(4))
+    assert torch.equal(torch.get_rng_state(), state)
+    again = factory.fresh(3)
+    assert equal_parts(first, copy_of(again), "")
+    assert not equal_parts(first, other, "text_projection")
+    assert equal_parts(first, other, "image_encoder") == starts_pretrained
+    assert again.training
+
+
+def test_untrainable_image_encoder_stays_out_of_the_parameters():
+    factory = ModelFactory(lambda: build_image_encoder("test_vit", 32, False), True, 6, image_trainable=False)
+    assert all(name.startswith("text_projection.") for name in trained_parameters(factory.fresh(0)))
+
+
+# ---- loss
+
+
+def test_contrastive_loss_by_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (
+        torch.nn.functional.normalize(torch.randn(5, 7, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    )
+    total = 0.0
+    for i in range(5):
+        own = math.exp(sum(images[i] * texts[i]).item() / 0.07)
+        total -= math.log(own / sum(math.exp(sum(images[i] * texts[j]).item() / 0.07) for j in range(5)))
+        total -= math.log(own / sum(math.exp(sum(images[j] * texts[i]).item() / 0.07) for j in range(5)))
+    assert contrastive_loss(images, texts, 0.07).item() == pytest.approx(total / 10, rel=1e-12)
+
+
+# ---- text encoders
+
+DEMO = Path(text_encoder.SHORT_NAMES["demo"])
+CAPTIONS = ["a red circle", "a small blue square to the left of a large yellow star", "a heart"]
+
+
+def save_bert(folder, seed=5):
+    """A BERT of 16 features with the vocabulary of the demo."""
+    folder.mkdir()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(vocab_size=134, max_position_embeddings=80, initializer_range=0.2, **size)
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("text") / "bert")
+
+
+def token_states(folder, caption):
+    """Last hidden states of one caption alone, which needs no padding: [L, D]."""
+    model = transformers.BertModel.from_pretrained(folder).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(caption, return_tensors="pt")
+    with torch.no_grad():
+        return model(**tokens).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_pooling_by_hand_and_whatever_the_batch(bert_folder, pooling):
+    encoder = TextEncoder(bert_folder, pooling)
+    together = encoder.encode(CAPTIONS)
+    assert together.shape == (3, 16) and together.dtype == torch.float32
+    for caption, row in zip(CAPTIONS, together, strict=True):
+        states = token_states(bert_folder, caption)
+        expected = states[0] if pooling == "cls" else states.mean(0)
+        assert torch.allclose(row, expected, atol=1e-5)
+        assert torch.allclose(encoder.encode([caption])[0], row, atol=1e-5)
+    assert torch.allclose(encoder.encode(CAPTIONS, batch_size=2), together, atol=1e-5)
+    assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+def test_text_encoder_is_frozen_and_without_dropout(bert_folder):
+    encoder = TextEncoder(bert_folder)
+    assert not encoder.model.training
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+    assert torch.equal(encoder.encode(CAPTIONS), encoder.encode(CAPTIONS))
+
+
+def test_fingerprint_tells_encoders_apart(bert_folder, tmp_path):
+    encoder = TextEncoder(bert_folder)
+    fingerprint = encoder.fingerprint()
+    assert TextEncoder(bert_folder).fingerprint() == fingerprint
+    assert TextEncoder(bert_folder, "mean").fingerprint() != fingerprint
+    assert TextEncoder(save_bert(tmp_path / "other", seed=6)).fingerprint() != fingerprint
+    with torch.no_grad():
+        next(iter(encoder.model.parameters())).view(-1)[3] += 1e-3
+    assert encoder.fingerprint() != fingerprint
+
+
+def test_untrained_text_encoder_comes_from_a_fixed_seed(bert_folder):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = TextEncoder(bert_folder, pretrained=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert TextEncoder(bert_folder, pretrained=False).fingerprint() == first.fingerprint()
+    assert TextEncoder(bert_folder).fingerprint() != first.fingerprint()
+
+
+def test_demo_encoder_is_always_the_same():
+    torch.manual_seed(1)
+    first = TextEncoder("demo", "mean")
+    torch.manual_seed(2)
+    assert TextEncoder("demo", "mean").fingerprint() == first.fingerprint()
+    embeddings = first.encode(CAPTIONS)
+    assert embeddings.shape == (3, 128)
+    assert not torch.allclose(embeddings[0], embeddings[2], atol=1e-2)
+
+
+def test_demo_vocabulary_leaves_no_word_unknown():
+    tokenizer = TextEncoder("demo").tokenizer
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(CAPTIONS))["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP text model of 16 features, projected to 12, with a vocabulary of letters."""
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokens), projection_dim=12, initializer_factor=5.0, **size, **ends
+    )
+    torch.manual_seed(0)
+    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"})
+    )
+    return str(folder)
+
+
+def test_clip_gives_the_projected_embedding(clip_folder):
+    encoder = TextEncoder(clip_folder)
+    embeddings = encoder.encode(["a dog", "a longer text about two cats"])
+    assert embeddings.shape == (2, 12)
+    tokens = encoder.tokenizer("a dog", return_tensors="pt")
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(clip_folder).eval()
+    with torch.no_grad():
+        states = model.text_model(**tokens).last_hidden_state[0]
+        expected = model.text_projection(states[-1])  # the last token is the end of the text
+    assert torch.allclose(embeddings[0], expected, atol=1e-5)
+    assert not torch.allclose(embeddings[0], embeddings[1], atol=1e-2)
+    assert torch.equal(TextEncoder(clip_folder, "mean").encode(["a dog"]), encoder.encode(["a dog"]))
+
+
+def test_long_captions_are_cut(bert_folder, clip_folder):
+    text = " ".join(["red"] * 200)
+    assert torch.isfinite(TextEncoder(bert_folder).encode([text])).all()
+    assert torch.isfinite(TextEncoder(clip_folder).encode([text])).all()
+
+
+def test_text_encoder_that_is_not_there(tmp_path, bert_folder):
+    line = error_line(TextEncoder, str(tmp_path / "nothing"))
+    assert "nothing" in line and "bert" in line
+    broken = tmp_path / "broken"
+    shutil.copytree(bert_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert str(broken) in error_line(TextEncoder, str(broken))
+    weights.unlink()
+    assert str(broken) in error_line(TextEncoder, str(broken))

@@ -1,0 +1,161 @@
+"""Choosing real pairs: random, herding, k-center and forgetting, each picture at most once.
+
+Rows are pairs, one per caption; `groups` names each row's picture, int64 [N]. Once a row is chosen, the other
+rows of its picture are out. Every function returns the chosen rows in the order of choice and a score for each.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+
+Choice = tuple[list[int], list[float]]
+
+
+def check_num_queries(num_queries: int, num_pictures: int) -> None:
+    """Raises InputError if there are fewer pictures than pairs to choose."""
+    if num_queries > num_pictures:
+        raise InputError(f"--num_queries {num_queries} is more than the {num_pictures} training pictures; lower it")
+
+
+def random_rows(groups: Tensor, num: int, generator: torch.Generator) -> list[int]:
+    """`num` distinct pictures and of each a random caption: rows. `groups` numbers the pictures from 0, in order."""
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(groups).cumsum(0)])
+    pictures = torch.randperm(len(starts) - 1, generator=generator)[:num].tolist()
+    sizes = [(starts[p + 1] - starts[p]).item() for p in pictures]
+    offsets = [torch.randint(size, (), generator=generator).item() for size in sizes]
+    return [starts[p].item() + offset for p, offset in zip(pictures, offsets, strict=True)]
+
+
+def herding(features: Tensor, groups: Tensor, num: int) -> Choice:
+    """Greedy matching of the mean (Welling, "Herding dynamical weights to learn", ICML 2009).
+
+    With μ the mean of all rows and S the sum of those chosen, step t takes the x that brings the chosen rows' mean
+    (S + x) / t nearest to μ. For features of one norm, as `pair_features` gives, that is Welling's
+    argmax ⟨w, x⟩ with w = tμ − S.
+
+    Args:
+        features: [N, D]; read once per step, no memory beyond O(N + D).
+
+    Returns:
+        (rows, scores): a row's score is the distance of the chosen rows' mean from μ after it was added.
+    """
+    check_num_queries(num, len(groups.unique()))
+    mean = features.mean(dim=0)  # [D]
+    half_norms = _squared_norms(features) / 2  # [N]
+    total = torch.zeros_like(mean)
+    rows, scores = [], []
+    for t in range(1, num + 1):
+        # ‖tμ − S − x‖² / 2 without its constant, with the sign turned
+        gain = features @ (t * mean - total) - half_norms
+        row = _take(gain, half_norms, groups)
+        total += features[row]
+        rows.append(row)
+        scores.append((mean - total / t).norm().item())
+    return rows, scores
+
+
+def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
+    """Greedy farthest point (Sener & Savarese, "A core-set approach", ICLR 2018).
+
+    The first centre is the row nearest to the mean of all rows; each next one is the row farthest from its nearest
+    centre. Only each row's distance to its nearest centre is kept.
+
+    Args:
+        features: [N, D]; read once per step, no memory beyond O(N + D).
+
+    Returns:
+        (rows, scores): a row's score is its distance to the nearest earlier centre; the first one's, to the mean.
+    """
+    check_num_queries(num, len(groups.unique()))
+    norms = _squared_norms(features)  # [N]
+    to_mean = _squared_distances(features, norms, features.mean(dim=0))
+    out = torch.zeros_like(norms)  # inf at rows whose picture is taken
+    rows = [_take(-to_mean, out, groups)]
+    scores = [to_mean[rows[0]].sqrt().item()]
+    nearest = _squared_distances(features, norms, features[rows[0]])
+    while len(rows) < num:
+        row = _take(nearest - out, out, groups)
+        rows.append(row)
+        scores.append(nearest[row].sqrt().item())
+        nearest = torch.minimum(nearest, _squared_distances(features, norms, features[row]))
+    return rows, scores
+
+
+def highest(scores: Tensor, groups: Tensor, num: int, generator: torch.Generator) -> Choice:
+    """The rows with the highest scores [N], one per picture; rows of equal score in random order."""
+    check_num_queries(num, len(groups.unique()))
+    shuffled = torch.randperm(len(scores), generator=generator)
+    order = shuffled[scores[shuffled].argsort(descending=True, stable=True)]
+    rows, taken = [], set()
+    for row, group in zip(order.tolist(), groups[order].tolist(), strict=True):
+        if group not in taken:
+            taken.add(group)
+            rows.append(row)
+            if len(rows) == num:
+                break
+    return rows, scores[rows].tolist()
+
+
+def _squared_norms(features: Tensor, block: int = 4096) -> Tensor:
+    return torch.cat([rows.square().sum(dim=1) for rows in features.split(block)])
+
+
+def _squared_distances(features: Tensor, norms: Tensor, centre: Tensor) -> Tensor:
+    """‖x − c‖² of each row [N]; rounding may leave a little below zero, which is cut off."""
+    return torch.addmv(norms + centre.square().sum(), features, centre, alpha=-2).clamp_(min=0)
+
+
+def _take(value: Tensor, penalty: Tensor, groups: Tensor) -> int:
+    """The row of the highest value; sets the `penalty` of all rows of its picture to inf."""
+    row = value.argmax().item()
+    penalty[groups == groups[row]] = torch.inf
+    return row
+
+
+class ForgettingCounter:
+    """Counts how often each pair is forgotten while a model trains (Toneva et al., ICLR 2019), for retrieval.
+
+    A presentation of a pair is its place in one batch of one epoch, judged by the features of the training step
+    itself (dropout on, before the update). The pair is matched if both ways hold within the batch: the text nearest
+    to its image belongs to its picture, and the image nearest to its text is its picture. It is forgotten once for
+    each presentation where it is not matched although it was at the presentation before. A pair that was never
+    matched counts as many events as it had presentations, which is more than any other can reach: Toneva's infinity.
+
+    Args:
+        groups: each row's picture, int64 [N].
+    """
+
+    def __init__(self, groups: Tensor):
+        self.groups = groups
+        self.forgotten = torch.zeros(len(groups), dtype=torch.long)
+        self.presented = torch.zeros(len(groups), dtype=torch.long)
+        self.was_matched = torch.zeros(len(groups), dtype=torch.bool)
+        self.learned = torch.zeros(len(groups), dtype=torch.bool)
+        self.rows = None
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """Passes on the batches (images, rows) and remembers the rows of the current one."""
+        for images, rows in loader:
+            self.rows = rows
+            yield images, rows
+
+    def count_batch(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Takes the features [B, D] of the current batch: `on_batch` of `train_epoch`."""
+        similarity = image_features @ text_features.T  # [B, B]
+        own = self.groups[self.rows]
+        to_text, to_image = (own[similarity.argmax(dim=dim).cpu()] for dim in (1, 0))
+        self.count(self.rows, (to_text == own) & (to_image == own))
+
+    def count(self, rows: Tensor, matched: Tensor) -> None:
+        """One presentation of each of `rows` [B]; `matched` bool [B]."""
+        self.forgotten[rows] += self.was_matched[rows] & ~matched
+        self.presented[rows] += 1
+        self.was_matched[rows] = matched
+        self.learned[rows] |= matched
+
+    def scores(self) -> Tensor:
+        """Events of each pair, float [N]; of pairs never matched, their presentations."""
+        return torch.where(self.learned, self.forgotten, self.presented).float()
