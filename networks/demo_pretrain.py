@@ -1,13 +1,14 @@
 """Makes networks/demo_nfnet.safetensors, the pretrained image encoder of the demo: python -m networks.demo_pretrain
 
-As ImageNet weights are for photographs, it comes from naming single things: test_nfnet classifies drawn pictures
+As ImageNet weights are for photographs, it comes from naming single things: the encoder classifies drawn pictures
 of one thing by shape, colour, size, background and pattern. It sees no caption and no scene of the demo data.
 """
 
+import argparse
+import json
 import random
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from data.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIZES, draw_scene, paint_scene
 from data.transforms import normalize
+from networks.image_encoder import build_image_encoder
 
 CHECKPOINT = Path(__file__).with_name("demo_nfnet.safetensors")
 CLASSES = tuple(list(names) for names in (SHAPES, COLOURS, SIZES, BACKGROUNDS, PATTERNS))
-STEPS, BATCH_SIZE, IMAGE_SIZE, SEED = 600, 64, 48, 1
+BATCH_SIZE, IMAGE_SIZE, SEED = 64, 48, 1
 
 
 def draw_batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,17 +36,28 @@ def draw_batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
-def main() -> None:
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="networks.demo_pretrain", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--image_encoder", default="test_nfnet", help="any timm model")
+    parser.add_argument("--image_kwargs", type=json.loads, default={}, help="arguments of timm.create_model, JSON")
+    parser.add_argument("--steps", type=int, default=600, help="batches of 64 pictures")
+    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="safetensors file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     torch.manual_seed(SEED)
     rng = random.Random(f"demo pretraining {SEED}")
-    model = timm.create_model("test_nfnet", num_classes=0).to(memory_format=torch.channels_last)
-    head = torch.nn.Linear(model.num_features, sum(map(len, CLASSES)))
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS)
-    mean, std = model.default_cfg["mean"], model.default_cfg["std"]
-    for _ in (bar := tqdm(range(STEPS), desc="pretrain")):
+    encoder = build_image_encoder(args.image_encoder, IMAGE_SIZE, pretrained=False, kwargs=args.image_kwargs)
+    encoder = encoder.train().to(memory_format=torch.channels_last)
+    head = torch.nn.Linear(encoder.width, sum(map(len, CLASSES)))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=args.steps)
+    for _ in (bar := tqdm(range(args.steps), desc="pretrain")):
         images, labels = draw_batch(rng)
-        logits = head(model(normalize(images, mean, std).to(memory_format=torch.channels_last)))
+        images = normalize(images, encoder.mean, encoder.std).to(memory_format=torch.channels_last)
+        logits = head(encoder(images))
         parts = logits.split([len(names) for names in CLASSES], dim=1)
         loss = sum(F.cross_entropy(part, label) for part, label in zip(parts, labels.T, strict=True))
         optimizer.zero_grad()
@@ -53,8 +66,8 @@ def main() -> None:
         schedule.step()
         right = [(part.argmax(1) == label).float().mean() for part, label in zip(parts, labels.T, strict=True)]
         bar.set_postfix(loss=f"{loss.item():.2f}", right=" ".join(f"{r:.2f}" for r in right))
-    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, CHECKPOINT, {"about": "test_nfnet of timm, features, by python -m networks.demo_pretrain"})
+    state = {name: value.half().contiguous() for name, value in encoder.model.state_dict().items()}
+    save_file(state, args.output, {"about": f"{args.image_encoder} of timm, features, by networks.demo_pretrain"})
 
 
 if __name__ == "__main__":
