@@ -53,12 +53,21 @@ DEMO_DEFAULTS = {
 DEMO_DISTILL = {"lr_teacher_txt": 0.03}
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that are None."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Flags by their full names; an error is one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
 
     def error(self, message):

@@ -24,11 +24,18 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def open_tensors(path: str | Path, kind: str):

@@ -90,6 +90,6 @@ def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int 
     for i, (picture, caption) in enumerate(zip(pixels, synset.captions, strict=True)):
         x, y = margin + i % columns * cell_width, margin + i // columns * cell_height
         grid.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        for n, line in enumerate(textwrap.wrap(caption, width=26, max_lines=lines, placeholder=" …")):
+        for n, line in enumerate(textwrap.wrap(caption, width=24, max_lines=lines, placeholder=" …")):
             draw.text((x, y + side + n * line_height), line, fill="black", font=font)
     return grid
