@@ -19,7 +19,7 @@ from utils.coresets import check_num_queries, random_rows
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
 from utils.learner import PairLearner
 from utils.log import Log
-from utils.matching import Pairs, draw_batches, matching_gradient, student_loss
+from utils.matching import Pairs, draw_batches, matching_gradient
 from utils.retrieval import nearest_captions
 from utils.setup import (
     describe_training,
@@ -30,6 +30,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
+from utils.sweep import StudentLoss
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.trajectory import find_trajectories, stored_lora
 
@@ -106,7 +107,7 @@ def main(argv=None):
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
     log = Log(run, settings, args.name, args.disabled_wandb)
     log(training, step=learner.iteration)
-    loss_fn = student_loss(model, args.temperature)
+    loss_fn = StudentLoss(model, args.temperature)
 
     def current_set() -> SynSet:
         captions = nearest_captions(pairs.text_syn, real_embed, real.captions)

@@ -50,8 +50,10 @@ class CLIPModel(nn.Module):
     def encode_text(self, text_embed):  # [B, D_text] -> [B, D]
         return F.normalize(self.text_projection(text_embed), dim=-1)
 
-    def forward(self, images, text_embed):
-        return self.encode_image(images), self.encode_text(text_embed)
+    def forward(self, images=None, text_embed=None):
+        """Features of what is given; None for what is not."""
+        image_features = None if images is None else self.encode_image(images)
+        return image_features, None if text_embed is None else self.encode_text(text_embed)
 
 
 def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
