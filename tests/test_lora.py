@@ -21,7 +21,7 @@ from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_p
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
 from utils.matching import Pairs, matching_gradient
-from utils.sweep import StudentLoss
+from utils.student import StudentLoss
 from utils.trajectory import Trajectory, find_trajectories
 
 LAYERS = {

@@ -7,7 +7,7 @@ from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
 from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss
-from utils.sweep import StudentLoss
+from utils.student import StudentLoss
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.sweep import IMAGE_TOWER, ChunkedSteps, Parameters, StudentLoss, Sweep, WholeSteps
+from utils.student import IMAGE_TOWER, ChunkedSteps, Parameters, StudentLoss, WholeSteps
 
 
 @dataclass
@@ -102,13 +102,49 @@ def matching_gradient(
     pairs = Pairs(*(tensor.detach() for tensor in pairs.tensors()))
     arguments = loss_fn, list(start), pairs, batches, seed
     in_chunks = pair_chunk is not None and pair_chunk < max(len(batch) for batch in batches)
-    sweep = Sweep(ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments), start)
+    sweep = _Sweep(ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments), start)
     with torch.random.fork_rng():
         student_losses, final = sweep.forth()
         image_loss, text_loss, adjoint = _end_of_unroll(final, start, target)
         del final
         gradient = Pairs(*sweep.back(adjoint))
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
+
+
+class _Sweep:
+    """One unroll of the student: `forth` keeps θ_0 … θ_{T−1}, `back` consumes them.
+
+    On a GPU they are kept in the host's memory.
+    """
+
+    def __init__(self, steps: WholeSteps, start: Parameters):
+        self.steps, self.start = steps, start
+        self.stored: list[Parameters] = []
+
+    def forth(self) -> tuple[Tensor, Parameters]:
+        """ℓ before each step [T], and θ_T, ready for a gradient."""
+        losses, params = [], _leaves(self.start)
+        rates = [-rate for rate in self.steps.rates]
+        last = len(self.steps.batches) - 1
+        for step in range(last + 1):
+            loss, grads = self.steps.gradient(step, params)
+            losses.append(loss)
+            self.stored.append(params if step == last else _to_host(params))
+            with torch.no_grad():
+                moved = torch._foreach_addcmul(list(params.values()), grads, rates)
+            params = _leaves(dict(zip(params, moved, strict=True)))
+        return torch.stack(losses), params
+
+    def back(self, adjoint: Sequence[Tensor]) -> list[Tensor]:
+        """∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt) from λ_T, which is overwritten."""
+        adjoint = list(adjoint)
+        device = adjoint[0].device
+        for step in reversed(range(len(self.stored))):
+            stored = self.stored.pop()
+            params = _leaves({name: value.to(device, non_blocking=True) for name, value in stored.items()})
+            with torch.enable_grad():
+                self.steps.pull_back(step, params, adjoint)
+        return self.steps.grads
 
 
 def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):
@@ -123,3 +159,16 @@ def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):
 def _towers(params: Parameters) -> tuple[list[str], list[str]]:
     image = [name for name in params if name.startswith(IMAGE_TOWER)]
     return image, [name for name in params if name not in set(image)]
+
+
+def _leaves(params: Parameters) -> Parameters:
+    return {name: value.detach().requires_grad_() for name, value in params.items()}
+
+
+def _to_host(params: Parameters) -> Parameters:
+    return {name: _pinned_copy(value) if value.is_cuda else value for name, value in params.items()}
+
+
+def _pinned_copy(value: Tensor) -> Tensor:
+    value = value.detach()
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)

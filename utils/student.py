@@ -1,4 +1,4 @@
-"""The student's steps forth and the exact gradient back, in the memory of one step or of one chunk of its pairs.
+"""The student: its loss, and the gradient of one of its steps and back through it, whole or in chunks of pairs.
 
 Notation as in utils/matching.py; besides U the image features, J = ∂U/∂θ of the image tower.
 """
@@ -188,55 +188,6 @@ class ChunkedSteps(WholeSteps):
             loss = self.loss_fn.of_features(params, features, text_embed)
             grads = _gradients(loss, [*text, features], create_graph=create_graph)
         return loss.detach(), grads, [*text, text_embed, features]
-
-
-class Sweep:
-    """One unroll of the student: `forth` keeps θ_0 … θ_{T−1}, `back` consumes them.
-
-    On a GPU they are kept in the host's memory.
-    """
-
-    def __init__(self, steps: WholeSteps, start: Parameters):
-        self.steps, self.start = steps, start
-        self.stored: list[Parameters] = []
-
-    def forth(self) -> tuple[Tensor, Parameters]:
-        """ℓ before each step [T], and θ_T, ready for a gradient."""
-        losses, params = [], _leaves(self.start)
-        rates = [-rate for rate in self.steps.rates]
-        last = len(self.steps.batches) - 1
-        for step in range(last + 1):
-            loss, grads = self.steps.gradient(step, params)
-            losses.append(loss)
-            self.stored.append(params if step == last else _to_host(params))
-            with torch.no_grad():
-                moved = torch._foreach_addcmul(list(params.values()), grads, rates)
-            params = _leaves(dict(zip(params, moved, strict=True)))
-        return torch.stack(losses), params
-
-    def back(self, adjoint: Sequence[Tensor]) -> list[Tensor]:
-        """∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt) from λ_T, which is overwritten."""
-        adjoint = list(adjoint)
-        device = adjoint[0].device
-        for step in reversed(range(len(self.stored))):
-            stored = self.stored.pop()
-            params = _leaves({name: value.to(device, non_blocking=True) for name, value in stored.items()})
-            with torch.enable_grad():
-                self.steps.pull_back(step, params, adjoint)
-        return self.steps.grads
-
-
-def _leaves(params: Parameters) -> Parameters:
-    return {name: value.detach().requires_grad_() for name, value in params.items()}
-
-
-def _to_host(params: Parameters) -> Parameters:
-    return {name: _pinned_copy(value) if value.is_cuda else value for name, value in params.items()}
-
-
-def _pinned_copy(value: Tensor) -> Tensor:
-    value = value.detach()
-    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
 
 def _gradients(output: Tensor, inputs: Sequence[Tensor], vector: Tensor | None = None, create_graph: bool = False):
