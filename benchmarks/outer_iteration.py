@@ -30,6 +30,7 @@ class Iterations:
         self.args, self.folder = args, folder
         self.problem = Problem(args, args.pairs)
         start = {name: value.cpu() for name, value in self.problem.start.items()}
+        self.names = list(start)
         snapshots = [{n: v + 0.01 * torch.randn(v.shape) for n, v in start.items()} for _ in range(args.epochs + 1)]
         save_trajectory(folder / "expert.safetensors", snapshots, {}, [])
         (folder / "expert.pt").write_bytes(pickle.dumps([list(snapshot.values()) for snapshot in snapshots]))
@@ -54,8 +55,7 @@ class Iterations:
         BertModel(BertConfig()).to(self.args.device)
         snapshots = pickle.loads((self.folder / "expert.pt").read_bytes())
         self.problem.start, self.problem.target = (
-            {n: v.to(self.args.device) for n, v in zip(self.problem.start, snapshot, strict=True)}
-            for snapshot in snapshots[:2]
+            {n: v.to(self.args.device) for n, v in zip(self.names, snapshot, strict=True)} for snapshot in snapshots[:2]
         )
         self.gradient()
 

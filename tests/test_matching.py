@@ -243,6 +243,22 @@ def test_single_precision_in_channels_last():
         assert relative_error(getattr(gradient, name).double(), getattr(expected, name)) < 1e-3, name
 
 
+@pytest.mark.parametrize("pair_chunk", [None, 2])
+def test_half_precision_is_close_and_leaves_single_precision(pair_chunk):
+    problem = Problem("test_nfnet", dropout=0.0)
+    loss_fn, start, target, pairs, batches, seed = problem.arguments(2)
+    expected = unroll_gradient(loss_fn, start, target, pairs, batches, seed)[1].image_syn.float()
+    problem.model.float().bf16 = True
+    start, target = ({name: value.float() for name, value in values.items()} for values in (start, target))
+    pairs = Pairs(*(tensor.float() for tensor in pairs.tensors()))
+    matching = matching_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk)
+    assert {tensor.dtype for tensor in matching.gradient.tensors()} == {torch.float32}
+    assert matching.loss.dtype == torch.float32
+    value = matching.gradient.image_syn
+    assert torch.cosine_similarity(value.flatten(), expected.flatten(), dim=0) > 0.99
+    assert relative_error(value, expected) > 1e-4
+
+
 # ---- a problem small enough to follow by hand
 
 

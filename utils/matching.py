@@ -114,7 +114,7 @@ def matching_gradient(
 class _Sweep:
     """One unroll of the student: `forth` keeps θ_0 … θ_{T−1}, `back` consumes them.
 
-    On a GPU they are kept in the host's memory.
+    On a GPU they are kept in the host's memory, but for the first, which is the caller's, and the last, used next.
     """
 
     def __init__(self, steps: WholeSteps, start: Parameters):
@@ -129,7 +129,7 @@ class _Sweep:
         for step in range(last + 1):
             loss, grads = self.steps.gradient(step, params)
             losses.append(loss)
-            self.stored.append(params if step == last else _to_host(params))
+            self.stored.append(params if step in (0, last) else _to_host(params))
             with torch.no_grad():
                 moved = torch._foreach_addcmul(list(params.values()), grads, rates)
             params = _leaves(dict(zip(params, moved, strict=True)))
