@@ -89,15 +89,12 @@ def main(argv=None):
     check_run_folder(run, args.resume)
     device = find_device(args)
 
-    # The real pairs, fresh models, and the experts to match.
+    # Fresh models, and the experts to match.
     splits = {split: find_split(args, split) for split in ("train", "val", "test")}
     check_num_queries(args.num_queries, len(splits["train"][1]))
     text_encoder = make_text_encoder(args)
-    real, real_embed = training_pairs(args, splits["train"], text_encoder)
-    validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
-    del text_encoder
-    factory = make_factory(args, real_embed.shape[1])
-    judge = make_factory(args, real_embed.shape[1], train_in_full=True) if args.eval_full else factory
+    factory = make_factory(args, text_encoder.width)
+    judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
     model = factory.fresh(args.seed)
     training = describe_training(factory, model)
     settings = {**vars(args), **training}
@@ -105,7 +102,10 @@ def main(argv=None):
     experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
     check_epochs(experts, args)
 
-    # The synthetic pairs.
+    # The real pairs, and the synthetic ones.
+    real, real_embed = training_pairs(args, splits["train"], text_encoder)
+    validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
+    del text_encoder
     pairs = initial_pairs(args, real, real_embed, factory.encoder, device)
     lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
     learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)

@@ -314,7 +314,7 @@ def clip_folder(tmp_path_factory):
 def test_clip_gives_the_projected_embedding(clip_folder):
     encoder = TextEncoder(clip_folder)
     embeddings = encoder.encode(["a dog", "a longer text about two cats"])
-    assert embeddings.shape == (2, 12)
+    assert embeddings.shape == (2, encoder.width) == (2, 12)
     tokens = encoder.tokenizer("a dog", return_tensors="pt")
     model = transformers.CLIPTextModelWithProjection.from_pretrained(clip_folder).eval()
     with torch.no_grad():
