@@ -1,6 +1,6 @@
 """Estimates the memory of an outer gradient at a size too large for this machine, from small ones measured on it.
 
-    python -m benchmarks.memory_estimate --image_encoder nfnet_l0 --image_size 224 --pairs 100 --steps 8
+    python -m benchmarks.memory_estimate --image_encoder nfnet_l0 --image_size 224 --pairs 100
 
 The peak of tensors in use (benchmarks/measure.py) is measured for two chunk sizes and two numbers of pairs, and
 continued in straight lines. θ_t in the host's memory are left out, the model, the two snapshots, the pairs, their

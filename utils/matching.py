@@ -97,7 +97,7 @@ def matching_gradient(
         batches: indices into the pairs for each step, see `draw_batches`.
         seed: of the random numbers in the student's steps.
         pair_chunk: pairs whose image tower's graph is held at a time; None for all. Then a step's memory does not
-            grow with its pairs, for about a third more work.
+            grow with its pairs, for about 1.4 times the operations (more time for small chunks).
     """
     pairs = Pairs(*(tensor.detach() for tensor in pairs.tensors()))
     arguments = loss_fn, list(start), pairs, batches, seed
