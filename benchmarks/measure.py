@@ -71,6 +71,23 @@ class _Counter(TorchDispatchMode):
         return result
 
 
+class Tf32(TorchDispatchMode):
+    """Where there is no tensor core: rounds the operands of products and convolutions to TF32's 10 bits of mantissa."""
+
+    PRODUCTS = {
+        *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm),
+        *(torch.ops.aten.convolution, torch.ops.aten.convolution_backward),
+    }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in self.PRODUCTS:
+            args = [self._round(a) if isinstance(a, torch.Tensor) and a.ndim > 1 else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+    def _round(self, value: torch.Tensor) -> torch.Tensor:
+        return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Floating-point operations per second of a product of two large square matrices."""
     size = 8192 if device.type == "cuda" else 1024

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import (
+    Tf32,
     alternate,
     count_operations,
     describe_machine,
@@ -86,6 +87,17 @@ class Problem:
         return list(torch.autograd.grad(loss, leaves))
 
 
+def in_tf32(problem: Problem, steps: int) -> list[torch.Tensor]:
+    if problem.start["text_projection.fc.weight"].device.type == "cpu":
+        with Tf32():
+            return problem.ours(steps)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        return problem.ours(steps)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def put_back_activations(model: nn.Module) -> None:
     for module in model.modules():
         for name, child in module.named_children():
@@ -109,9 +121,11 @@ def measure(args, steps: int, num_pairs: int, rate: float) -> list[list[str]]:
         ways["ours"] = lambda: lean.ours(steps)
     for chunk in args.pair_chunk:
         ways[f"ours, chunks of {chunk}"] = lambda chunk=chunk: lean.ours(steps, chunk)
-    if args.bf16:
+    if "bf16" in args.precision:
         half = Problem(args, num_pairs, bf16=True)
         ways["ours, bf16"] = lambda: half.ours(steps)
+    if "tf32" in args.precision:
+        ways["ours, tf32"] = lambda: in_tf32(lean, steps)
     exact = Problem(args, num_pairs, torch.float64).ours(steps) if args.float64 else None
     gradients = {way: call() for way, call in ways.items()}
     peaks = {way: peak_memory(call, args.device) for way, call in ways.items()}
@@ -145,7 +159,9 @@ def parse_args(argv=None):
     add("--pair_chunk", type=int, nargs="*", default=[], help="chunk sizes to run besides")
     add("--no_unroll", action="store_true", help="leave the full unroll out, where it does not fit")
     add("--no_whole", action="store_true", help="leave out all pairs at a time, where they do not fit")
-    add("--bf16", action="store_true", help="also in bfloat16")
+    add(
+        "--precision", nargs="*", default=[], choices=("bf16", "tf32"), help="to run besides; on a CPU tf32 is emulated"
+    )
     add("--float64", action="store_true", help="also compare with float64")
     add("--lr_img", type=float, default=0.01, help="rate of the image tower")
     add("--lr_txt", type=float, default=0.01, help="rate of the text tower")

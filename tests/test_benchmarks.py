@@ -9,10 +9,23 @@ SMALL = ["--image_size", "32", "--text_dim", "8", "--pairs", "3"]
 
 
 def test_outer_gradient(capsys):
-    flags = ["--steps", "2", "--pair_chunk", "2", "--bf16", "--float64", "--repeats", "1", "--device", "cpu"]
+    flags = [
+        "--steps",
+        "2",
+        "--pair_chunk",
+        "2",
+        "--precision",
+        "bf16",
+        "tf32",
+        "--float64",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     outer_gradient.main([*SMALL, *flags])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 4
+    assert len(rows) == 2 + 5
     for row in rows[2:]:
         way, error = row.split("|")[3].strip(), float(row.split("|")[9])
         assert error < (0.2 if "bf16" in way else 1e-3)

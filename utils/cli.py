@@ -225,8 +225,8 @@ def add_run_flags(parser: Parser) -> None:
     add(
         "--precision",
         choices=("fp32", "tf32", "bf16"),
-        default="fp32",
-        help="of the networks' products; parameters, losses and what is learned stay fp32 (tf32: on CUDA)",
+        default="tf32",
+        help="of the networks' products; parameters, losses and what is learned stay fp32; on a CPU tf32 is fp32",
     )
 
 
