@@ -175,13 +175,16 @@ def check_run_folder(run: Path, resume: bool) -> None:
 
 
 def check_epochs(experts, args) -> None:
-    last_needed = args.max_start_epoch - 1 + args.expert_epochs
+    """Raises InputError if an expert lacks a snapshot that matching reads."""
+    last = args.max_start_epoch - 1 + args.expert_epochs
+    needed = {*range(args.max_start_epoch), *range(args.expert_epochs, last + 1)}
     for expert in experts:
-        if last_needed >= expert.num_snapshots:
+        missing = sorted(needed - set(expert.epochs))
+        if missing:
             raise InputError(
-                f"{expert.path} has snapshots of epochs 0 to {expert.num_snapshots - 1}, but --max_start_epoch "
-                f"{args.max_start_epoch} with --expert_epochs {args.expert_epochs} reads epoch {last_needed}; "
-                "lower one of them or train longer experts"
+                f"{expert.path} lacks the snapshots of epochs {', '.join(map(str, missing))} that --max_start_epoch "
+                f"{args.max_start_epoch} with --expert_epochs {args.expert_epochs} reads (it has "
+                f"{', '.join(map(str, expert.epochs))}); lower one of them, or train experts with --keep_epochs {last}"
             )
 
 

@@ -175,7 +175,7 @@ def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
         return None
     results = []
     for expert in experts:
-        model.load_state_dict(expert.snapshot(expert.num_snapshots - 1), strict=False)
+        model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
         results.append(evaluate_retrieval(model, *test, args.batch_size_test, device))
     names = {"set": "all data", "method": "all data", "image_encoder": args.image_encoder, "trains": factory.trains}
     return {**names, "results": results}

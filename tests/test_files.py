@@ -51,7 +51,7 @@ def error_line(call, *args, **kwargs):
 
 def test_trajectory_round_trip(tmp_path):
     trajectory = Trajectory(write_expert(tmp_path))
-    assert trajectory.num_snapshots == 3
+    assert trajectory.epochs == [0, 1, 2]
     assert trajectory.settings == SETTINGS
     assert trajectory.recalls == [{"r_mean": 1.0}, {"r_mean": 2.0}]
     assert trajectory.names() == set(SHAPES)
@@ -131,7 +131,7 @@ def test_released_layout(tmp_path):
     write_released(tmp_path, 0, experts[:2])
     write_released(tmp_path, 1, experts[2:])
     found = find(tmp_path)
-    assert [trajectory.num_snapshots for trajectory in found] == [3, 3, 3]
+    assert [trajectory.epochs for trajectory in found] == [[0, 1, 2]] * 3
     for trajectory, snapshots in zip(found, experts, strict=True):
         assert all(equal(trajectory.snapshot(epoch), snapshots[epoch]) for epoch in range(3))
     assert [t.path.name for t in find(tmp_path, max_files=1)] == ["img_replay_buffer_0.pt"] * 2
