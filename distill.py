@@ -31,11 +31,13 @@ from utils.setup import (
     training_pairs,
 )
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
+from utils.training import NonFiniteLoss
 from utils.trajectory import find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
+    *("image_root", "ann_root", "buffer_path"),
 }
 
 
@@ -104,6 +106,7 @@ def main(argv=None):
     learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)
     if args.resume:
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
+        check_progress(run, learner.iteration, args.Iteration)
     log = Log(run, settings, args.name, args.disabled_wandb)
     log(training, step=learner.iteration)
     loss_fn = student_loss(model, args.temperature)
@@ -174,6 +177,11 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise InputError(f"{run} holds no run to resume; check --save_dir")
 
 
+def check_progress(run: Path, done: int, iterations: int) -> None:
+    if done > iterations:
+        raise InputError(f"{run} has {done} iterations already, --Iteration is {iterations}; give {done} or more")
+
+
 def check_epochs(experts, args) -> None:
     """Raises InputError if an expert lacks a snapshot that matching reads."""
     last = args.max_start_epoch - 1 + args.expert_epochs
@@ -233,7 +241,14 @@ def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
 
 def score(synset: SynSet, retrieval, seed: int, factory, args) -> list[dict]:
     sizes = args.num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
-    return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed)
+    try:
+        return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed)
+    except NonFiniteLoss as error:
+        iteration = synset.settings["iteration"]
+        flags = "--lr_img, --lr_txt or --lr_lr" if iteration else "--lr_teacher_img or --lr_teacher_txt"
+        raise InputError(
+            f"the loss of a network trained on the set of iteration {iteration} became {error.loss}; lower {flags}"
+        ) from error
 
 
 def keep_if_best(synset: SynSet, results, learner: PairLearner, run: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.errors import InputError
@@ -278,3 +279,34 @@ def test_metadata_of_any_json_value(tmp_path):
     handle, loaded = open_tensors(tmp_path / "x", "test")
     assert loaded == metadata
     assert handle.get_tensor("a").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+# ---- a file of the right kind that lacks a part
+
+
+@pytest.mark.parametrize("key", ["settings", "recalls"])
+def test_expert_without_metadata(tmp_path, key):
+    path = write_expert(tmp_path)
+    drop_metadata(path, key)
+    assert error_line(find, tmp_path) == f"expert trajectory {path} lacks {key}; make it again"
+
+
+@pytest.mark.parametrize("key", ["captions", "mean", "std", "settings"])
+def test_set_without_metadata(tmp_path, synset, key):
+    path = tmp_path / "set.safetensors"
+    save_synset(path, synset)
+    drop_metadata(path, key)
+    assert error_line(load_synset, path) == f"set of pairs {path} lacks {key}; make it again"
+
+
+def test_set_without_a_tensor(tmp_path):
+    save_tensors(tmp_path / "s", {"image_syn": torch.ones(1)}, {"kind": "set of pairs"})
+    line = error_line(load_synset, tmp_path / "s")
+    assert "captions, mean, std, settings, syn_lr_img, syn_lr_txt, text_syn" in line
+
+
+def drop_metadata(path, key):
+    with safe_open(path, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = {name: value for name, value in handle.metadata().items() if name != key}
+    save_file(tensors, path, metadata)

@@ -40,14 +40,18 @@ def _umask() -> int:
     return mask
 
 
-def open_tensors(path: str | Path, kind: str):
+def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensors: tuple[str, ...] = ()):
     """Opens a safetensors file lazily and reads its metadata.
 
+    Args:
+        kind: what the file is, in its metadata and in errors.
+        keys, tensors: what its metadata and the file must hold.
+
     Returns:
-        (handle, metadata): `handle.get_tensor(name)` reads one tensor; `kind` is what the errors call the file.
+        (handle, metadata): `handle.get_tensor(name)` reads one tensor.
 
     Raises:
-        InputError: the file is missing, damaged, or not one of ours.
+        InputError: the file is missing, damaged, not one of ours, or lacks a part.
     """
     try:
         handle = safe_open(path, "pt")
@@ -59,6 +63,9 @@ def open_tensors(path: str | Path, kind: str):
         raise InputError(f"{kind} {path} is damaged or not a safetensors file ({reason}); make it again") from error
     if metadata.get("kind") != kind:
         raise InputError(f"{path} is not a {kind}: its metadata says {metadata.get('kind', 'nothing')}")
+    lacking = [key for key in keys if key not in metadata] + sorted(set(tensors) - set(handle.keys()))
+    if lacking:
+        raise InputError(f"{kind} {path} lacks {', '.join(lacking)}; make it again")
     return handle, metadata
 
 

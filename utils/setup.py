@@ -20,7 +20,7 @@ def find_device(args) -> torch.device:
     """The device of --device. Raises InputError if it is not there."""
     try:
         device = torch.device(args.device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]})") from error
     return device

@@ -9,6 +9,14 @@ from data.transforms import normalize
 from networks.loss import contrastive_loss
 
 
+class NonFiniteLoss(InputError):
+    """The training loss became infinite or not a number: `loss`."""
+
+    def __init__(self, loss: float):
+        super().__init__(f"training loss became {loss}; lower the learning rates of the model in training")
+        self.loss = loss
+
+
 def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_decay: float):
     """SGD with a rate for each tower; parameters that do not train are left out."""
     towers = ((model.image_encoder, lr_img), (model.text_projection, lr_txt))
@@ -35,7 +43,7 @@ def train_epoch(
         Mean loss, and the share of images in per cent whose own text is nearest within the batch.
 
     Raises:
-        InputError: the loss is not finite.
+        NonFiniteLoss: the mean loss is not finite.
     """
     losses, correct, seen = [], [], 0
     for images, text_embed in batches:
@@ -53,7 +61,7 @@ def train_epoch(
             on_batch(image_features, text_features)
     mean_loss = (torch.stack(losses).sum() / seen).item()
     if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
-        raise InputError(f"training loss became {mean_loss}; lower the learning rates of the model in training")
+        raise NonFiniteLoss(mean_loss)
     return mean_loss, 100 * torch.stack(correct).sum().item() / seen
 
 

@@ -73,7 +73,7 @@ class Trajectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        handle, metadata = open_tensors(path, KIND)
+        handle, metadata = open_tensors(path, KIND, ("settings", "recalls"))
         self.settings, self.recalls = metadata["settings"], metadata["recalls"]
         self.scales = metadata.get("scales", {})
         self.handles = dict.fromkeys(handle.keys(), handle)  # by "epoch/name"
