@@ -26,6 +26,7 @@ from utils.setup import (
     make_text_encoder,
     retrieval_pairs,
     training_pairs,
+    use_image_cache,
 )
 from utils.snapshots import TYPES
 from utils.training import device_batches, make_optimizer, train_epoch
@@ -35,7 +36,7 @@ from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajec
 RECIPE = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
-    *("mom", "l2", "decay", "batch_size_train", "lora_rank", "lora_alpha", "lora_layers", "lora_train"),
+    *("cache_images", "mom", "l2", "decay", "batch_size_train", "lora_rank", "lora_alpha", "lora_layers", "lora_train"),
 )
 
 
@@ -65,6 +66,12 @@ def parse_args(argv=None):
     add("--l2", type=cli.rate, default=0.0, help="weight decay")
     parser.add_bool("decay", False, "multiply the learning rates by 0.1 after half the epochs")
     parser.add_bool("no_aug", False, "train without crops, flips and RandAugment")
+    parser.add_bool(
+        "cache_images",
+        False,
+        "decode the training pictures once into a file in --cache_dir (3 bytes a pixel); unlike without it, random "
+        "crops are of the picture squashed to a square of 8/7 --image_size",
+    )
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
@@ -81,10 +88,11 @@ def main(argv=None):
         print(f"all {args.num_experts} experts are in {folder}")
         return
 
-    device = find_device(args)
+    find_device(args)
     train_split, val_split = find_split(args, "train"), find_split(args, "val")
     text_encoder = make_text_encoder(args)
     pairs, text_embed = training_pairs(args, train_split, text_encoder)
+    augment = use_image_cache(pairs, args) if args.cache_images else None
     validation = retrieval_pairs(args, val_split, text_encoder)
     del text_encoder
     factory = make_factory(args, text_embed.shape[1])
@@ -101,7 +109,7 @@ def main(argv=None):
             torch.manual_seed(seed)
             loader = pair_loader(pairs, args.batch_size_train, seed, args.num_workers)
             model = factory.fresh(seed)
-            snapshots, recalls = train_expert(model, loader, text_embed, validation, n, args, device, log, saver)
+            snapshots, recalls = train_expert(model, loader, text_embed, augment, validation, n, args, log, saver)
             trajectory = list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
             saver.submit(save_expert, expert_path(folder, n), *trajectory)
     log.finish()
@@ -134,7 +142,7 @@ def missing_experts(folder: Path, args) -> list[int]:
             missing.append(n)
             continue
         expert = Trajectory(path)
-        stored = expert.settings
+        stored = {"cache_images": False, **expert.settings}  # experts older than the flag
         for key in RECIPE:
             if stored.get(key) != getattr(args, key):
                 raise InputError(
@@ -150,7 +158,7 @@ def missing_experts(folder: Path, args) -> list[int]:
     return missing
 
 
-def train_expert(model, loader, text_embed, validation, n, args, device, log, saver):
+def train_expert(model, loader, text_embed, augment, validation, n, args, log, saver):
     """Trains one expert; returns its snapshots (CPU copies) by epoch and its validation recalls after each.
 
     Raises InputError if the loss is not finite, or as soon as `saver` could not write the expert before.
@@ -158,11 +166,11 @@ def train_expert(model, loader, text_embed, validation, n, args, device, log, sa
     optimizer = make_optimizer(model, args.lr_teacher_img, args.lr_teacher_txt, args.mom, args.l2)
     gamma = 0.1 if args.decay else 1.0
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(args.train_epochs + 1) // 2, gamma=gamma)
-    kept = set(kept_epochs(args))
+    device, kept = find_device(args), set(kept_epochs(args))
     snapshots, recalls = {0: snapshot(model)}, []
     for epoch in range(args.train_epochs):
         bar = tqdm(loader, desc=f"expert {n} epoch {epoch + 1}/{args.train_epochs}", leave=False, disable=None)
-        batches = device_batches(bar, text_embed, model.image_encoder, device)
+        batches = device_batches(bar, text_embed, model.image_encoder, device, augment)
         loss, accuracy = train_epoch(model, batches, optimizer, args.temperature)
         schedule.step()
         if epoch + 1 in kept:

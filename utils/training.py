@@ -24,11 +24,20 @@ def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, weight_decay=weight_decay)
 
 
-def device_batches(loader: Iterable, text_embed, encoder, device):
-    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device."""
+def device_batches(loader: Iterable, text_embed, encoder, device, augment: Callable | None = None):
+    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device.
+
+    Args:
+        text_embed: [rows, D_text] on the CPU.
+        augment: uint8 [B, 3, S, S] -> uint8 [B, 3, H, W], applied on the device.
+    """
     for images, rows in loader:
-        images = images.to(device, non_blocking=True)
-        yield normalize(images, encoder.mean, encoder.std), text_embed[rows].to(device, non_blocking=True)
+        images, texts = images.to(device, non_blocking=True), text_embed[rows]
+        if images.is_cuda:
+            texts = texts.pin_memory()  # from other memory the host would wait for the copy
+        if augment is not None:
+            images = augment(images)
+        yield normalize(images, encoder.mean, encoder.std), texts.to(device, non_blocking=True)
 
 
 def train_epoch(
