@@ -1,7 +1,8 @@
 """Trains experts on the real pairs and saves one trajectory per expert.
 
 An expert is an image encoder and a text projection, fine-tuned with a contrastive loss over the embeddings
-of a frozen text encoder. Its parameters before training and after each epoch are its trajectory.
+of a frozen text encoder. Its parameters before training and after each epoch are its trajectory; of a long one,
+--keep_epochs stores what matching reads.
 """
 
 import sys
@@ -14,6 +15,7 @@ from data.errors import InputError
 from data.pairs import pair_loader
 from networks.clip_model import trained_parameters
 from utils import cli
+from utils.files import BackgroundSaver
 from utils.log import Log
 from utils.retrieval import evaluate_retrieval
 from utils.setup import (
@@ -24,7 +26,9 @@ from utils.setup import (
     make_text_encoder,
     retrieval_pairs,
     training_pairs,
+    use_image_cache,
 )
+from utils.snapshots import TYPES
 from utils.training import device_batches, make_optimizer, train_epoch
 from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajectory
 
@@ -32,7 +36,8 @@ from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajec
 RECIPE = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
-    *("mom", "l2", "decay", "batch_size_train", "lora_rank", "lora_alpha", "lora_layers", "lora_train"),
+    *("cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
+    *("lora_rank", "lora_alpha", "lora_layers", "lora_train"),
 )
 
 
@@ -42,6 +47,19 @@ def parse_args(argv=None):
     add("--buffer_path", default="./buffers", help="folder that trajectories are written under")
     add("--num_experts", type=cli.count, default=20, help="experts in the buffer; those already there are kept")
     add("--train_epochs", type=cli.count, default=10, help="epochs per expert")
+    add(
+        "--keep_epochs",
+        type=cli.count,
+        metavar="N",
+        help="store only snapshots 0 to N and the last; matching reads "
+        "up to --max_start_epoch - 1 + --expert_epochs (2 by default); all if not given",
+    )
+    add(
+        "--snapshot_type",
+        choices=TYPES,
+        default="fp16",
+        help="later snapshots as fp16 differences to the first, or whole in fp32",
+    )
     add("--lr_teacher_img", type=cli.rate, default=0.1, help="learning rate of the image encoder")
     add("--lr_teacher_txt", type=cli.rate, default=0.1, help="learning rate of the text projection")
     add("--batch_size_train", type=cli.count, default=128, help="pairs per batch")
@@ -49,6 +67,12 @@ def parse_args(argv=None):
     add("--l2", type=cli.rate, default=0.0, help="weight decay")
     parser.add_bool("decay", False, "multiply the learning rates by 0.1 after half the epochs")
     parser.add_bool("no_aug", False, "train without crops, flips and RandAugment")
+    parser.add_bool(
+        "cache_images",
+        False,
+        "decode the training pictures once into a file in --cache_dir (3 bytes a pixel); unlike without it, random "
+        "crops are of the picture squashed to a square of 8/7 --image_size",
+    )
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
@@ -65,11 +89,12 @@ def main(argv=None):
         print(f"all {args.num_experts} experts are in {folder}")
         return
 
-    device = find_device(args)
+    find_device(args)
     train_split, val_split = find_split(args, "train"), find_split(args, "val")
     text_encoder = make_text_encoder(args)
     factory = make_factory(args, text_encoder.width)
     pairs, text_embed = training_pairs(args, train_split, text_encoder)
+    augment = use_image_cache(pairs, args) if args.cache_images else None
     validation = retrieval_pairs(args, val_split, text_encoder)
     del text_encoder
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
@@ -78,47 +103,79 @@ def main(argv=None):
     settings = {**vars(args), **training}
     log = Log(folder, settings, args.name, args.disabled_wandb)
     log(training, step=missing[0] * args.train_epochs)
-    for n in missing:
-        seed = args.seed + n
-        torch.manual_seed(seed)
-        loader = pair_loader(pairs, args.batch_size_train, seed, args.num_workers)
-        model = factory.fresh(seed)
-        snapshots, recalls = train_expert(model, loader, text_embed, validation, n, args, device, log)
-        save_trajectory(expert_path(folder, n), snapshots, settings, recalls)
-        print(f"saved {expert_path(folder, n)}")
+    shares_start = factory.starts_pretrained and factory.lora is None
+    with BackgroundSaver() as saver:  # an expert is written while the next one trains
+        for n in missing:
+            seed = args.seed + n
+            torch.manual_seed(seed)
+            loader = pair_loader(pairs, args.batch_size_train, seed, args.num_workers)
+            model = factory.fresh(seed)
+            snapshots, recalls = train_expert(model, loader, text_embed, augment, validation, n, args, log, saver)
+            trajectory = list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
+            saver.submit(save_expert, expert_path(folder, n), *trajectory)
     log.finish()
 
 
+def kept_epochs(args) -> list[int]:
+    """Epochs whose snapshots are stored: 0 to --keep_epochs, and the last. Raises InputError beyond --train_epochs."""
+    last = args.train_epochs if args.keep_epochs is None else args.keep_epochs
+    if last > args.train_epochs:
+        raise InputError(f"--keep_epochs {last} is beyond --train_epochs {args.train_epochs}; lower it or train longer")
+    return sorted({*range(last + 1), args.train_epochs})
+
+
+def save_expert(path: Path, *trajectory) -> None:
+    save_trajectory(path, *trajectory)
+    print(f"saved {path}")
+
+
 def missing_experts(folder: Path, args) -> list[int]:
-    """Numbers of the experts still to train. Raises InputError if those that exist have another recipe."""
+    """Numbers of the experts still to train.
+
+    Raises:
+        InputError: one that exists has another recipe, or keeps fewer snapshots than this run would.
+    """
+    kept = kept_epochs(args)
     missing = []
     for n in range(args.num_experts):
         path = expert_path(folder, n)
         if not path.exists():
             missing.append(n)
             continue
-        stored = Trajectory(path).settings
+        expert = Trajectory(path)
         for key in RECIPE:
-            if stored.get(key) != getattr(args, key):
+            stored = expert.settings.get(key)
+            if stored != getattr(args, key):
                 raise InputError(
-                    f"{path} was trained with {key}={stored.get(key)}, this run has {key}={getattr(args, key)}; "
+                    f"{path} was trained with {key}={stored}, this run has {key}={getattr(args, key)}; "
                     "give the same value or another --buffer_path"
                 )
+        lacking = sorted(set(kept) - set(expert.epochs))
+        if lacking:
+            raise InputError(
+                f"{path} does not keep the snapshots {', '.join(map(str, lacking))} that this run would; "
+                "give a lower --keep_epochs, or remove the file to train that expert again"
+            )
     return missing
 
 
-def train_expert(model, loader, text_embed, validation, n, args, device, log):
-    """Trains one expert; returns its snapshots (CPU copies) and its validation recalls per epoch."""
+def train_expert(model, loader, text_embed, augment, validation, n, args, log, saver):
+    """Trains one expert; returns its snapshots (CPU copies) by epoch and its validation recalls after each.
+
+    Raises InputError if the loss is not finite, or as soon as `saver` could not write the expert before.
+    """
     optimizer = make_optimizer(model, args.lr_teacher_img, args.lr_teacher_txt, args.mom, args.l2)
     gamma = 0.1 if args.decay else 1.0
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(args.train_epochs + 1) // 2, gamma=gamma)
-    snapshots, recalls = [snapshot(model)], []
+    device, kept = find_device(args), set(kept_epochs(args))
+    snapshots, recalls = {0: snapshot(model)}, []
     for epoch in range(args.train_epochs):
         bar = tqdm(loader, desc=f"expert {n} epoch {epoch + 1}/{args.train_epochs}", leave=False, disable=None)
-        batches = device_batches(bar, text_embed, model.image_encoder, device)
+        batches = device_batches(bar, text_embed, model.image_encoder, device, augment)
         loss, accuracy = train_epoch(model, batches, optimizer, args.temperature)
         schedule.step()
-        snapshots.append(snapshot(model))
+        if epoch + 1 in kept:
+            snapshots[epoch + 1] = snapshot(model)
         recall = evaluate_retrieval(model, *validation, args.batch_size_test, device)
         recalls.append(recall)
         log({"train_loss": loss, "train_acc": accuracy, **recall}, step=n * args.train_epochs + epoch)
@@ -126,6 +183,7 @@ def train_expert(model, loader, text_embed, validation, n, args, device, log):
             f"expert {n} epoch {epoch + 1}/{args.train_epochs}: loss {loss:.3f}, validation "
             f"TR@1 {recall['txt_r1']:.1f} IR@1 {recall['img_r1']:.1f} mean {recall['r_mean']:.1f}"
         )
+        saver.check()
     return snapshots, recalls
 
 

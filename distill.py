@@ -36,12 +36,13 @@ from utils.setup import (
 )
 from utils.student import StudentLoss
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
+from utils.training import NonFiniteLoss
 from utils.trajectory import find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
-    "pair_chunk",
+    *("image_root", "ann_root", "buffer_path", "pair_chunk"),
 }
 
 
@@ -111,6 +112,7 @@ def main(argv=None):
     learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)
     if args.resume:
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
+        check_progress(run, learner.iteration, args.Iteration)
     log = Log(run, settings, args.name, args.disabled_wandb)
     log(training, step=learner.iteration)
     loss_fn = StudentLoss(model, args.temperature)
@@ -184,14 +186,22 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise InputError(f"{run} holds no run to resume; check --save_dir")
 
 
+def check_progress(run: Path, done: int, iterations: int) -> None:
+    if done > iterations:
+        raise InputError(f"{run} has {done} iterations already, --Iteration is {iterations}; give {done} or more")
+
+
 def check_epochs(experts, args) -> None:
-    last_needed = args.max_start_epoch - 1 + args.expert_epochs
+    """Raises InputError if an expert lacks a snapshot that matching reads."""
+    last = args.max_start_epoch - 1 + args.expert_epochs
+    needed = {*range(args.max_start_epoch), *range(args.expert_epochs, last + 1)}
     for expert in experts:
-        if last_needed >= expert.num_snapshots:
+        missing = sorted(needed - set(expert.epochs))
+        if missing:
             raise InputError(
-                f"{expert.path} has snapshots of epochs 0 to {expert.num_snapshots - 1}, but --max_start_epoch "
-                f"{args.max_start_epoch} with --expert_epochs {args.expert_epochs} reads epoch {last_needed}; "
-                "lower one of them or train longer experts"
+                f"{expert.path} lacks the snapshots of epochs {', '.join(map(str, missing))} that --max_start_epoch "
+                f"{args.max_start_epoch} with --expert_epochs {args.expert_epochs} reads (it has "
+                f"{', '.join(map(str, expert.epochs))}); lower one of them, or train experts with --keep_epochs {last}"
             )
 
 
@@ -254,10 +264,17 @@ def score(synset: SynSet, retrieval, seed: int, factory, args) -> list[dict]:
     sizes = args.num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
     problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed
     train, test = max(1, min(args.batch_train, args.num_queries) // 2), max(1, args.batch_size_test // 2)
-    return guarded(
-        functools.partial(evaluate_synset, *problem),
-        lambda: f"give --batch_train {train} and --batch_size_test {test}",
-    )
+    try:
+        return guarded(
+            functools.partial(evaluate_synset, *problem),
+            lambda: f"give --batch_train {train} and --batch_size_test {test}",
+        )
+    except NonFiniteLoss as error:
+        iteration = synset.settings["iteration"]
+        flags = "--lr_img, --lr_txt or --lr_lr" if iteration else "--lr_teacher_img or --lr_teacher_txt"
+        raise InputError(
+            f"the loss of a network trained on the set of iteration {iteration} became {error.loss}; lower {flags}"
+        ) from error
 
 
 def keep_if_best(synset: SynSet, results, learner: PairLearner, run: Path) -> None:

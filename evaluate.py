@@ -31,6 +31,8 @@ OF_ENCODER = {
 }
 # What the sets of one table share: where the texts come from.
 SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")
+# What every set says of how it was made.
+MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
 
 
@@ -59,8 +61,17 @@ def parse_args(argv=None):
     return parser.parse(argv, defaults=settings_of_first_set)
 
 
+def load_set(path: str) -> SynSet:
+    """Reads a set. Raises InputError if it cannot be read or does not say how it was made."""
+    synset = load_synset(path)
+    lacking = [key for key in MADE_WITH if key not in synset.settings]
+    if lacking:
+        raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
+    return synset
+
+
 def settings_of_first_set(args) -> dict:
-    settings = load_synset(args.synset[0]).settings
+    settings = load_set(args.synset[0]).settings
     inherited = {key: settings[key] for key in INHERITED if key in settings}
     if inherited["dataset"] == "demo":
         inherited = {key: value for key, value in cli.DEMO_DEFAULTS.items() if key in vars(args)} | inherited
@@ -70,7 +81,7 @@ def settings_of_first_set(args) -> dict:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    synsets = {path: with_rates(load_synset(path), args) for path in args.synset}
+    synsets = {path: with_rates(load_set(path), args) for path in args.synset}
     for path, synset in synsets.items():
         check_shared(path, synset, args)
     by_encoder = encoder_args(args, list(synsets.values()))
@@ -176,7 +187,7 @@ def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
         return None
     results = []
     for expert in experts:
-        model.load_state_dict(expert.snapshot(expert.num_snapshots - 1), strict=False)
+        model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
         results.append(evaluate_retrieval(model, *test, args.batch_size_test, device))
     names = {"set": "all data", "method": "all data", "image_encoder": args.image_encoder, "trains": factory.trains}
     return {**names, "results": results}

@@ -89,13 +89,18 @@ def drop_unreadable(records: list[Record], paths: list[Path]) -> tuple[list[Reco
 class PairDataset(Dataset):
     """Training pairs, one row per caption: item `row` is (image uint8 [3, H, W], row).
 
+    Args:
+        transform: PIL picture -> uint8 [3, H, W].
+        cache: decoded pictures by the index of their path; then `transform` gets uint8 [3, S, S] instead.
+
     Attributes:
         captions: the captions of all rows, the captions of one picture next to each other.
         row_to_image: index of each row's picture in `paths`, int64 [rows].
     """
 
-    def __init__(self, records: list[Record], paths: list[Path], transform):
+    def __init__(self, records: list[Record], paths: list[Path], transform, cache=None):
         self.paths = paths
+        self.cache = cache
         self.transform = transform
         self.captions, self.row_to_image = _flatten_captions(records)
 
@@ -103,7 +108,9 @@ class PairDataset(Dataset):
         return len(self.captions)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self.transform(read_image(self.paths[self.row_to_image[row]])), row
+        index = self.row_to_image[row]
+        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
+        return self.transform(image), row
 
 
 def _flatten_captions(records):
@@ -138,6 +145,7 @@ class PairLoader:
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            prefetch_factor=4 if num_workers else None,
             generator=torch.Generator(),  # otherwise the loader draws from the process's own
         )
 

@@ -27,6 +27,7 @@ RELEASED_DISTILL = """dataset batch_size_test buffer_path image_root ann_root im
 def synset_file(tmp_path):
     pairs = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), 0.1, 0.2, ["a", "b"], (0.5,) * 3, (0.5,) * 3
     settings = {"dataset": "tiny", "image_encoder": "test_vit", "image_checkpoint": "weights", "image_size": 32}
+    settings["method"] = "distilled"
     save_synset(tmp_path / "set.safetensors", SynSet(*pairs, {**settings, "num_eval": 2, "text_encoder": "demo"}))
     return str(tmp_path / "set.safetensors")
 

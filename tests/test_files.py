@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.errors import InputError
@@ -51,7 +52,7 @@ def error_line(call, *args, **kwargs):
 
 def test_trajectory_round_trip(tmp_path):
     trajectory = Trajectory(write_expert(tmp_path))
-    assert trajectory.num_snapshots == 3
+    assert trajectory.epochs == [0, 1, 2]
     assert trajectory.settings == SETTINGS
     assert trajectory.recalls == [{"r_mean": 1.0}, {"r_mean": 2.0}]
     assert trajectory.names() == set(SHAPES)
@@ -131,7 +132,7 @@ def test_released_layout(tmp_path):
     write_released(tmp_path, 0, experts[:2])
     write_released(tmp_path, 1, experts[2:])
     found = find(tmp_path)
-    assert [trajectory.num_snapshots for trajectory in found] == [3, 3, 3]
+    assert [trajectory.epochs for trajectory in found] == [[0, 1, 2]] * 3
     for trajectory, snapshots in zip(found, experts, strict=True):
         assert all(equal(trajectory.snapshot(epoch), snapshots[epoch]) for epoch in range(3))
     assert [t.path.name for t in find(tmp_path, max_files=1)] == ["img_replay_buffer_0.pt"] * 2
@@ -278,3 +279,34 @@ def test_metadata_of_any_json_value(tmp_path):
     handle, loaded = open_tensors(tmp_path / "x", "test")
     assert loaded == metadata
     assert handle.get_tensor("a").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+# ---- a file of the right kind that lacks a part
+
+
+@pytest.mark.parametrize("key", ["settings", "recalls"])
+def test_expert_without_metadata(tmp_path, key):
+    path = write_expert(tmp_path)
+    drop_metadata(path, key)
+    assert error_line(find, tmp_path) == f"expert trajectory {path} lacks {key}; make it again"
+
+
+@pytest.mark.parametrize("key", ["captions", "mean", "std", "settings"])
+def test_set_without_metadata(tmp_path, synset, key):
+    path = tmp_path / "set.safetensors"
+    save_synset(path, synset)
+    drop_metadata(path, key)
+    assert error_line(load_synset, path) == f"set of pairs {path} lacks {key}; make it again"
+
+
+def test_set_without_a_tensor(tmp_path):
+    save_tensors(tmp_path / "s", {"image_syn": torch.ones(1)}, {"kind": "set of pairs"})
+    line = error_line(load_synset, tmp_path / "s")
+    assert "captions, mean, std, settings, syn_lr_img, syn_lr_txt, text_syn" in line
+
+
+def drop_metadata(path, key):
+    with safe_open(path, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = {name: value for name, value in handle.metadata().items() if name != key}
+    save_file(tensors, path, metadata)

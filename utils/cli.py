@@ -220,7 +220,12 @@ def add_evaluation_flags(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="the same seed gives the same numbers on a CPU")
+    add(
+        "--seed",
+        type=number(int, least=0, below=2**32),
+        default=0,
+        help="the same seed gives the same numbers on a CPU",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add(
         "--precision",

@@ -54,7 +54,7 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     path = Path(cache_dir).expanduser() / f"image_{key}.safetensors"
     if path.exists():
         try:
-            return open_tensors(path, KIND)[0].get_tensor("image_embed")
+            return open_tensors(path, KIND, tensors=("image_embed",))[0].get_tensor("image_embed")
         except InputError as error:
             print(f"making the image features anew: {error}")
     image_embed = _encode(paths, encoder, image_size, batch_size, device)

@@ -1,7 +1,9 @@
-"""Safetensors files that are written whole or not at all, with JSON in their metadata."""
+"""Safetensors files that are written whole or not at all, with JSON in their metadata; saving in the background."""
 
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,14 +40,18 @@ def _umask() -> int:
     return mask
 
 
-def open_tensors(path: str | Path, kind: str):
+def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensors: tuple[str, ...] = ()):
     """Opens a safetensors file lazily and reads its metadata.
 
+    Args:
+        kind: what the file is, in its metadata and in errors.
+        keys, tensors: what its metadata and the file must hold.
+
     Returns:
-        (handle, metadata): `handle.get_tensor(name)` reads one tensor; `kind` is what the errors call the file.
+        (handle, metadata): `handle.get_tensor(name)` reads one tensor.
 
     Raises:
-        InputError: the file is missing, damaged, or not one of ours.
+        InputError: the file is missing, damaged, not one of ours, or lacks a part.
     """
     try:
         handle = safe_open(path, "pt")
@@ -57,4 +63,37 @@ def open_tensors(path: str | Path, kind: str):
         raise InputError(f"{kind} {path} is damaged or not a safetensors file ({reason}); make it again") from error
     if metadata.get("kind") != kind:
         raise InputError(f"{path} is not a {kind}: its metadata says {metadata.get('kind', 'nothing')}")
+    lacking = [key for key in keys if key not in metadata] + sorted(set(tensors) - set(handle.keys()))
+    if lacking:
+        raise InputError(f"{kind} {path} lacks {', '.join(lacking)}; make it again")
     return handle, metadata
+
+
+class BackgroundSaver:
+    """Runs one save at a time in a thread; as a context manager it waits for the last one.
+
+    What a save raises is raised by the next `check`, `submit`, or at the end of the context.
+    """
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.saving: Future | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.pool.shutdown(wait=True)  # also after an error or Ctrl-C: a save that has begun is finished
+        if error_type is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raises what a finished save raised; does not wait."""
+        if self.saving is not None and self.saving.done():
+            self.saving.result()
+
+    def submit(self, save: Callable, *args) -> None:
+        """Calls save(*args) in the thread, after the save before has ended."""
+        if self.saving is not None:
+            self.saving.result()
+        self.saving = self.pool.submit(save, *args)

@@ -62,7 +62,7 @@ class PairLearner:
         Raises:
             InputError: a damaged file, or another setting.
         """
-        handle, metadata = open_tensors(path, KIND)
+        handle, metadata = open_tensors(path, KIND, ("settings", "iteration", "evaluated", "best"), NAMES)
         for key, value in metadata["settings"].items():
             if key not in free and settings.get(key) != value:
                 raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from data.errors import InputError
 
 PROJECT = "DatasetDistillation"
+WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 
 
 class Log:
@@ -20,16 +21,17 @@ class Log:
         disabled_wandb: log to metrics.jsonl only.
 
     Raises:
-        InputError: the folder cannot be written to, or wandb is asked for and not installed.
+        InputError: the folder cannot be written to, or wandb is asked for and not installed or cannot start.
     """
 
     def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
+        mode = None if disabled_wandb else _wandb_mode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
-        self.run = None if disabled_wandb else _start_wandb(folder, settings, name)
+        self.run = _start_wandb(folder, settings, name, mode) if mode else None
 
     def __call__(self, values: dict, step: int) -> None:
         """Logs scalars (floats, or None for not measured) at `step`."""
@@ -56,12 +58,18 @@ class Log:
                 print(f"wandb ran offline; to upload: wandb sync {Path(self.run.dir).parent}")
 
 
-def _start_wandb(folder: Path, settings: dict, name: str | None):
+def _wandb_mode() -> str:
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode not in WANDB_MODES:
+        raise InputError(f"WANDB_MODE={mode} is not one of {', '.join(WANDB_MODES)}; change it or --disabled_wandb")
+    return mode
+
+
+def _start_wandb(folder: Path, settings: dict, name: str | None, mode: str):
     try:
         import wandb
     except ImportError as error:
         raise InputError("wandb is not installed; pip install wandb, or pass --disabled_wandb") from error
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     try:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -71,7 +79,7 @@ def _start_wandb(folder: Path, settings: dict, name: str | None):
             mode=mode,
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"wandb could not start ({reason}); set WANDB_MODE=offline or pass --disabled_wandb"

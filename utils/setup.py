@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from data.annotations import Record, read_split
+from data.augment import Augment, cached_side
 from data.demo import make_demo
 from data.errors import InputError
+from data.image_cache import cache_images
 from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_retrieval_set
 from data.text_cache import embed_captions
 from data.transforms import train_transform
@@ -20,7 +22,7 @@ def find_device(args) -> torch.device:
     """The device of --device. Raises InputError if it is not there."""
     try:
         device = torch.device(args.device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]})") from error
     return device
@@ -49,6 +51,26 @@ def training_pairs(args, split, text_encoder) -> tuple[PairDataset, torch.Tensor
     """Pairs, one row per caption, and the captions' embeddings [rows, D_text]; `split` from `find_split`."""
     dataset = PairDataset(*split, train_transform(args.image_size, args.no_aug))
     return dataset, embed_captions(dataset.captions, text_encoder, args.cache_dir)
+
+
+def use_image_cache(dataset: PairDataset, args) -> Augment | None:
+    """Lets the pairs read their pictures from the cache, made if need be; returns what augments on the device, if any.
+
+    On a CPU the loader's workers augment. See `data.image_cache` for the errors.
+    """
+    dataset.cache = cache_images(dataset.paths, cached_side(args.image_size, args.no_aug), args.cache_dir)
+    augment = None if args.no_aug else Augment(args.image_size)
+    on_device = augment is not None and augments_on(find_device(args))
+    dataset.transform = _as_it_is if augment is None or on_device else augment.one
+    return augment if on_device else None
+
+
+def augments_on(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _as_it_is(image):
+    return image
 
 
 def retrieval_pairs(args, split, text_encoder) -> tuple[RetrievalSet, torch.Tensor]:

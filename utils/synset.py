@@ -11,6 +11,7 @@ from data.transforms import denormalize
 from utils.files import open_tensors, save_tensors
 
 KIND = "set of pairs"
+TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 
 
 @dataclass
@@ -59,9 +60,9 @@ def load_synset(path: str | Path) -> SynSet:
     """Reads a set.
 
     Raises:
-        InputError: the file is missing, damaged, or not a set of pairs.
+        InputError: the file is missing, damaged, not a set of pairs, or lacks a part of one.
     """
-    handle, metadata = open_tensors(path, KIND)
+    handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
     return SynSet(
         image_syn=handle.get_tensor("image_syn"),
         text_syn=handle.get_tensor("text_syn"),

@@ -9,6 +9,14 @@ from data.transforms import normalize
 from networks.loss import contrastive_loss
 
 
+class NonFiniteLoss(InputError):
+    """The training loss became infinite or not a number: `loss`."""
+
+    def __init__(self, loss: float):
+        super().__init__(f"training loss became {loss}; lower the learning rates of the model in training")
+        self.loss = loss
+
+
 def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_decay: float):
     """SGD with a rate for each tower; parameters that do not train are left out."""
     towers = ((model.image_encoder, lr_img), (model.text_projection, lr_txt))
@@ -16,11 +24,20 @@ def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, weight_decay=weight_decay)
 
 
-def device_batches(loader: Iterable, text_embed, encoder, device):
-    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device."""
+def device_batches(loader: Iterable, text_embed, encoder, device, augment: Callable | None = None):
+    """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device.
+
+    Args:
+        text_embed: [rows, D_text] on the CPU.
+        augment: uint8 [B, 3, S, S] -> uint8 [B, 3, H, W], applied on the device.
+    """
     for images, rows in loader:
-        images = images.to(device, non_blocking=True)
-        yield normalize(images, encoder.mean, encoder.std), text_embed[rows].to(device, non_blocking=True)
+        images, texts = images.to(device, non_blocking=True), text_embed[rows]
+        if images.is_cuda:
+            texts = texts.pin_memory()  # from other memory the host would wait for the copy
+        if augment is not None:
+            images = augment(images)
+        yield normalize(images, encoder.mean, encoder.std), texts.to(device, non_blocking=True)
 
 
 def train_epoch(
@@ -35,7 +52,7 @@ def train_epoch(
         Mean loss, and the share of images in per cent whose own text is nearest within the batch.
 
     Raises:
-        InputError: the loss is not finite.
+        NonFiniteLoss: the mean loss is not finite.
     """
     losses, correct, seen = [], [], 0
     for images, text_embed in batches:
@@ -53,7 +70,7 @@ def train_epoch(
             on_batch(image_features, text_features)
     mean_loss = (torch.stack(losses).sum() / seen).item()
     if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
-        raise InputError(f"training loss became {mean_loss}; lower the learning rates of the model in training")
+        raise NonFiniteLoss(mean_loss)
     return mean_loss, 100 * torch.stack(correct).sum().item() / seen
 
 

@@ -1,4 +1,4 @@
-"""Expert trajectories on disk: one file per expert, one snapshot of every trained parameter per epoch."""
+"""Expert trajectories on disk: one file per expert, snapshots of every trained parameter after some epochs."""
 
 import glob
 import pickle
@@ -8,6 +8,7 @@ import torch
 
 from data.errors import InputError
 from utils.files import open_tensors, save_tensors
+from utils.snapshots import open_start, pack_snapshots, save_start, unpack
 
 KIND = "expert trajectory"
 MUST_AGREE = ("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable")
@@ -27,16 +28,35 @@ def expert_path(folder: Path, number: int) -> Path:
     return folder / f"expert_{number:03d}.safetensors"
 
 
-def save_trajectory(path, snapshots: list[dict[str, torch.Tensor]], settings: dict, recalls: list[dict]) -> None:
-    """Writes the snapshots θ*_0 … θ*_E of one expert.
+def save_trajectory(
+    path: str | Path,
+    snapshots: list[dict[str, torch.Tensor]],
+    settings: dict,
+    recalls: list[dict],
+    epochs: list[int] | None = None,
+    snapshot_type: str = "fp32",
+    shares_start: bool = False,
+) -> None:
+    """Writes snapshots θ*_e of one expert.
 
     Args:
-        snapshots: per epoch the trained parameters by name, before training first.
+        snapshots: the trained parameters by name, before training first.
         settings: of the run that trained it, JSON-able.
         recalls: validation recalls after each epoch.
+        epochs: of the snapshots, 0 first; 0, 1, 2 … if not given.
+        snapshot_type: "fp32" stores values, "fp16" differences to θ*_0, see `utils.snapshots`.
+        shares_start: the image tower of θ*_0 goes to a file that the folder's experts have in common.
+
+    Raises:
+        InputError: a file cannot be written; what stood there before remains.
     """
-    tensors = {f"{epoch}/{name}": value for epoch, snapshot in enumerate(snapshots) for name, value in snapshot.items()}
-    metadata = {"kind": KIND, "settings": settings, "recalls": recalls, "num_snapshots": len(snapshots)}
+    path = Path(path)
+    by_epoch = dict(zip(epochs or range(len(snapshots)), snapshots, strict=True))
+    tensors, scales = pack_snapshots(by_epoch, snapshot_type)
+    metadata = {"kind": KIND, "settings": settings, "recalls": recalls, "scales": scales}
+    shared = [key for key in tensors if key.startswith("0/image_encoder.")] if shares_start else []
+    if shared:
+        metadata["start"] = save_start(path.parent, {key: tensors.pop(key) for key in shared})
     save_tensors(path, tensors, metadata)
 
 
@@ -44,24 +64,46 @@ class Trajectory:
     """One expert's file; reads single snapshots.
 
     Attributes:
-        num_snapshots: epochs + 1.
+        epochs: of the snapshots that are stored, ascending from 0.
         settings, recalls: as given to `save_trajectory`.
+
+    Raises:
+        InputError: the file, or what it starts from, is missing, damaged or not one of ours.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.handle, metadata = open_tensors(path, KIND)
+        handle, metadata = open_tensors(path, KIND, ("settings", "recalls"))
         self.settings, self.recalls = metadata["settings"], metadata["recalls"]
-        self.num_snapshots = metadata["num_snapshots"]
-        self.keys = list(self.handle.keys())
+        self.scales = metadata.get("scales", {})
+        self.handles = dict.fromkeys(handle.keys(), handle)  # by "epoch/name"
+        if "start" in metadata:
+            start = open_start(self.path, metadata["start"])
+            self.handles |= dict.fromkeys(start.keys(), start)
+        self.epochs = sorted({int(key.partition("/")[0]) for key in self.handles})
 
     def names(self) -> set[str]:
-        return {key.partition("/")[2] for key in self.keys}
+        return {key.partition("/")[2] for key in self.handles}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters by name, without reading one."""
+        return {
+            key[2:]: tuple(handle.get_slice(key).get_shape())
+            for key, handle in self.handles.items()
+            if key.startswith("0/")
+        }
 
     def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
         """θ*_epoch by parameter name, on the CPU."""
         prefix = f"{epoch}/"
-        return {key[len(prefix) :]: self.handle.get_tensor(key) for key in self.keys if key.startswith(prefix)}
+        return {key[len(prefix) :]: self._read(key) for key in self.handles if key.startswith(prefix)}
+
+    def _read(self, key: str) -> torch.Tensor:
+        stored = self.handles[key].get_tensor(key)
+        if key not in self.scales:
+            return stored
+        first = "0/" + key.partition("/")[2]
+        return unpack(self.handles[first].get_tensor(first), stored, self.scales[key])
 
 
 class ReleasedTrajectory:
@@ -76,11 +118,14 @@ class ReleasedTrajectory:
     def __init__(self, path: Path, image_snapshots: list, text_snapshots: list, names: list[str]):
         self.path, self.ordered_names = path, names
         self.image_snapshots, self.text_snapshots = image_snapshots, text_snapshots
-        self.num_snapshots = min(len(image_snapshots), len(text_snapshots))
+        self.epochs = list(range(min(len(image_snapshots), len(text_snapshots))))
 
     def names(self) -> set[str]:
         stored = len(self.image_snapshots[0]) + len(self.text_snapshots[0])
         return set(self.ordered_names) if stored == len(self.ordered_names) else {f"{stored} unnamed parameters"}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.snapshot(0).items()}
 
     def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
         values = [*self.image_snapshots[epoch], *self.text_snapshots[epoch]]
@@ -172,11 +217,7 @@ def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) 
             )
     _check_lora(trajectory, settings)
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    stored = (
-        {name: tuple(value.shape) for name, value in trajectory.snapshot(0).items()}
-        if trajectory.names() == set(shapes)
-        else {}
-    )
+    stored = trajectory.shapes() if trajectory.names() == set(shapes) else {}
     if stored != shapes:
         raise InputError(
             f"expert {trajectory.path} holds other parameters than this run's model trains "

@@ -1,0 +1,134 @@
+"""What used to end in a traceback: one line, exit code 2, and nothing half-written."""
+
+import pytest
+
+import buffer
+import coreset
+import distill
+import evaluate
+from utils.files import open_tensors, save_tensors
+from utils.synset import load_synset, save_synset
+from utils.training import NonFiniteLoss
+
+QUICK_BUFFER = ["--num_experts", "1", "--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01"]
+QUICK_DISTILL = [
+    *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--eval_it", "1", "--num_eval", "1"),
+    *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--lr_teacher_img", "0.01"),
+    "--no_draw",
+]
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_argv, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("buffer")
+    assert buffer.main([*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(folder), "--disabled_wandb"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def match(tiny_argv, experts):
+    def run(save_dir, *more):
+        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(experts), "--save_dir", str(save_dir)]
+        return distill.main([*argv, "--disabled_wandb", *map(str, more)])
+
+    return run
+
+
+@pytest.fixture
+def run(match, tmp_path):
+    """Run folder of two iterations."""
+    assert match(tmp_path / "run", "--Iteration", 2) == 0
+    return tmp_path / "run"
+
+
+def stderr_line(capsys, call, *argv):
+    capsys.readouterr()
+    try:
+        code = call(*argv)
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and "error: " in line
+    return line
+
+
+def test_state_without_metadata(run, match, capsys):
+    path = run / "state.safetensors"
+    handle, metadata = open_tensors(path, "distillation state")
+    tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+    del handle
+    for key in ("settings", "iteration", "evaluated", "best"):
+        save_tensors(path, tensors, {name: value for name, value in metadata.items() if name != key})
+        line = stderr_line(capsys, match, run, "--Iteration", 3, "--resume")
+        assert f"distillation state {path} lacks {key}" in line
+    save_tensors(path, {name: v for name, v in tensors.items() if name != "text_syn"}, metadata)
+    assert f"{path} lacks text_syn" in stderr_line(capsys, match, run, "--Iteration", 3, "--resume")
+
+
+@pytest.mark.parametrize("key", ["method", "dataset", "image_encoder", "text_encoder"])
+def test_set_that_does_not_say_how_it_was_made(run, capsys, key):
+    synset = load_synset(run / "best.safetensors")
+    del synset.settings[key]
+    save_synset(run / "set.safetensors", synset)
+    line = stderr_line(capsys, lambda: evaluate.main(["--synset", str(run / "set.safetensors")]))
+    assert str(run / "set.safetensors") in line and key in line
+
+
+def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    line = stderr_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")
+    assert "WANDB_MODE=nonsense" in line and "offline" in line
+    assert not (tmp_path / "r").exists()
+    argv = [*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(tmp_path / "b")]
+    assert "WANDB_MODE=nonsense" in stderr_line(capsys, buffer.main, argv)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", "4294967296"])
+def test_seed_out_of_range(capsys, seed):
+    for script in (buffer, coreset, distill):
+        required = ["--method", "random"] if script is coreset else []
+        assert "--seed" in stderr_line(capsys, script.main, [*required, "--seed", seed])
+
+
+@pytest.mark.parametrize("name", ["meta", "cpu:x"])
+def test_device_without_numbers(match, tmp_path, capsys, name):
+    assert f"--device {name}" in stderr_line(capsys, match, tmp_path / "r", "--device", name)
+    assert not (tmp_path / "r").exists()
+
+
+def test_evaluation_that_goes_astray_names_iteration_and_flags(match, tmp_path, capsys, monkeypatch):
+    evaluate_synset, calls = distill.evaluate_synset, []
+
+    def astray(factory, synset, *args):
+        calls.append(synset.settings["iteration"])
+        if calls[-1] == 2:
+            raise NonFiniteLoss(float("nan"))
+        return evaluate_synset(factory, synset, *args)
+
+    monkeypatch.setattr(distill, "evaluate_synset", astray)
+    line = stderr_line(capsys, match, tmp_path / "r", "--Iteration", 4)
+    assert "iteration 2 " in line and "--lr_img, --lr_txt or --lr_lr" in line
+    assert load_synset(tmp_path / "r/last.safetensors").settings["iteration"] == 1
+    assert not (tmp_path / "r/iteration_000002.safetensors").exists()
+
+
+def test_first_evaluation_that_goes_astray(match, tmp_path, capsys):
+    line = stderr_line(capsys, match, tmp_path / "r", "--epoch_eval_train", 2, "--lr_teacher_img", "1e30")
+    assert "iteration 0 " in line and "--lr_teacher_img" in line
+    assert not list((tmp_path / "r").glob("*.safetensors"))
+
+
+def test_run_resumes_with_folders_spelled_in_another_way(run, match, tiny_data, experts, monkeypatch):
+    monkeypatch.chdir(tiny_data.parent)
+    argv = ["--image_root", tiny_data.name, "--ann_root", f"./{tiny_data.name}", "--buffer_path", f"{experts}/"]
+    assert match(run, "--Iteration", 3, "--resume", *argv) == 0
+    assert load_synset(run / "last.safetensors").settings["iteration"] == 3
+
+
+def test_fewer_iterations_than_done(run, match, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    line = stderr_line(capsys, match, run, "--Iteration", 1, "--resume")
+    assert "2 iterations" in line and "--Iteration is 1" in line
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    assert match(run, "--Iteration", 2, "--resume") == 0
