@@ -91,11 +91,11 @@ def main(argv=None):
     find_device(args)
     train_split, val_split = find_split(args, "train"), find_split(args, "val")
     text_encoder = make_text_encoder(args)
+    factory = make_factory(args, text_encoder.width)
     pairs, text_embed = training_pairs(args, train_split, text_encoder)
     augment = use_image_cache(pairs, args) if args.cache_images else None
     validation = retrieval_pairs(args, val_split, text_encoder)
     del text_encoder
-    factory = make_factory(args, text_embed.shape[1])
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
 
     training = describe_training(factory, factory.fresh(args.seed))

@@ -62,9 +62,9 @@ def main(argv=None):
     records, paths = find_split(args, "train")
     check_num_queries(args.num_queries, len(paths))
     text_encoder = make_text_encoder(args)
+    factory = make_factory(args, text_encoder.width)
     real, real_embed = training_pairs(args, (records, paths), text_encoder)
     del text_encoder
-    factory = make_factory(args, real_embed.shape[1])
 
     # The choice.
     generator = torch.Generator().manual_seed(args.seed)

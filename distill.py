@@ -4,10 +4,12 @@ Each iteration starts a student at an expert's epoch, takes syn_steps contrastiv
 the gradient of its distance to where the expert went back into pictures, text embeddings and learning rates.
 """
 
+import functools
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -19,7 +21,9 @@ from utils.coresets import check_num_queries, random_rows
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
 from utils.learner import PairLearner
 from utils.log import Log
-from utils.matching import Pairs, draw_batches, matching_gradient, student_loss
+from utils.matching import Pairs, draw_batches, matching_gradient
+from utils.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chunk_advice
+from utils.prefetch import Prefetch, prepare, to_device
 from utils.retrieval import nearest_captions
 from utils.setup import (
     describe_training,
@@ -30,6 +34,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
+from utils.student import StudentLoss
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.training import NonFiniteLoss
 from utils.trajectory import find_trajectories, stored_lora
@@ -37,7 +42,7 @@ from utils.trajectory import find_trajectories, stored_lora
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
-    *("image_root", "ann_root", "buffer_path"),
+    *("image_root", "ann_root", "buffer_path", "pair_chunk"),
 }
 
 
@@ -51,6 +56,7 @@ def parse_args(argv=None):
     add("--eval_it", type=cli.count, default=50, help="evaluate and save every so many iterations")
     add("--num_queries", type=cli.count, default=100, help="number of synthetic pairs")
     add("--mini_batch_size", type=cli.count, default=100, help="pairs per student step, at most num_queries")
+    add("--pair_chunk", type=cli.count, help="pairs per student step in memory at a time; what fits if not given")
     add("--syn_steps", type=cli.count, default=8, help="student steps per iteration")
     add("--expert_epochs", type=cli.count, default=1, help="epochs from the student's start to the expert's target")
     add("--max_start_epoch", type=cli.count, default=2, help="students start at an epoch below this")
@@ -84,15 +90,12 @@ def main(argv=None):
     check_run_folder(run, args.resume)
     device = find_device(args)
 
-    # The real pairs, fresh models, and the experts to match.
+    # Fresh models, and the experts to match.
     splits = {split: find_split(args, split) for split in ("train", "val", "test")}
     check_num_queries(args.num_queries, len(splits["train"][1]))
     text_encoder = make_text_encoder(args)
-    real, real_embed = training_pairs(args, splits["train"], text_encoder)
-    validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
-    del text_encoder
-    factory = make_factory(args, real_embed.shape[1])
-    judge = make_factory(args, real_embed.shape[1], train_in_full=True) if args.eval_full else factory
+    factory = make_factory(args, text_encoder.width)
+    judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
     model = factory.fresh(args.seed)
     training = describe_training(factory, model)
     settings = {**vars(args), **training}
@@ -100,7 +103,10 @@ def main(argv=None):
     experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
     check_epochs(experts, args)
 
-    # The synthetic pairs.
+    # The real pairs, and the synthetic ones.
+    real, real_embed = training_pairs(args, splits["train"], text_encoder)
+    validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
+    del text_encoder
     pairs = initial_pairs(args, real, real_embed, factory.encoder, device)
     lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
     learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)
@@ -109,7 +115,8 @@ def main(argv=None):
         check_progress(run, learner.iteration, args.Iteration)
     log = Log(run, settings, args.name, args.disabled_wandb)
     log(training, step=learner.iteration)
-    loss_fn = student_loss(model, args.temperature)
+    loss_fn = StudentLoss(model, args.temperature)
+    pair_chunk = args.pair_chunk or fit_pair_chunk(loss_fn, start, pairs, min(args.mini_batch_size, args.num_queries))
 
     def current_set() -> SynSet:
         captions = nearest_captions(pairs.text_syn, real_embed, real.captions)
@@ -121,6 +128,7 @@ def main(argv=None):
         save_synset(run / "last.safetensors", current_set())
         learner.save(run / "state.safetensors", vars(args))
 
+    prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
     bar = tqdm(total=args.Iteration, desc="distill", initial=learner.iteration, disable=None)
     try:
         while True:
@@ -135,22 +143,23 @@ def main(argv=None):
             if is_last:
                 break
 
-            expert, start_epoch, batches, seed = draw_iteration(experts, iteration, args)
-            start = to_device(expert.snapshot(start_epoch), device)
-            target = to_device(expert.snapshot(start_epoch + args.expert_epochs), device)
-            matching = matching_gradient(loss_fn, start, target, pairs, batches, seed)
+            start_epoch, start, target, batches, seed = prefetch.take(iteration)
+            start, target = to_device(start, device), to_device(target, device)
+            matching = match(loss_fn, start, target, pairs, batches, seed, pair_chunk)
             check_finite(matching, iteration)
             learner.step(matching.gradient)
             log_iteration(log, bar, matching, pairs, start_epoch, iteration)
             bar.update()
-    except (InputError, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
-        if not isinstance(error, InputError):  # after one the pairs may be spoilt: the set of the last evaluation stays
+    except (InputError, KeyboardInterrupt) as error:
+        # After an InputError the pairs may be spoilt: the set of the last evaluation stays.
+        if isinstance(error, (OutOfMemory, KeyboardInterrupt)):
             save_progress()
         if (run / "last.safetensors").exists():
             print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
         raise
     finally:
         bar.close()
+        prefetch.close()
 
     best = load_synset(run / "best.safetensors")
     results = score(best, test, TEST_SEED, judge, args)
@@ -224,11 +233,23 @@ def draw_iteration(experts, iteration: int, args):
     return expert, start_epoch, batches, step_seed
 
 
-def to_device(snapshot, device):
-    return {
-        n: v.to(device, memory_format=torch.channels_last if v.ndim == 4 else torch.preserve_format)
-        for n, v in snapshot.items()
-    }
+def read_iteration(experts, iteration: int, args, device):
+    """Start epoch, the expert's snapshots there and at the target, batches and seed; snapshots as `to_device` wants."""
+    expert, start_epoch, batches, seed = draw_iteration(experts, iteration, args)
+    epochs = start_epoch, start_epoch + args.expert_epochs
+    try:
+        start, target = (prepare(expert.snapshot(epoch), device) for epoch in epochs)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
+    return start_epoch, start, target, batches, seed
+
+
+def match(loss_fn, start, target, pairs, batches, seed, pair_chunk):
+    """`matching_gradient`; raises OutOfMemory with the flag that helps."""
+    return guarded(
+        lambda: matching_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk),
+        lambda: pair_chunk_advice(min(pair_chunk or len(batches[0]), len(batches[0]))),
+    )
 
 
 def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
@@ -241,8 +262,13 @@ def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
 
 def score(synset: SynSet, retrieval, seed: int, factory, args) -> list[dict]:
     sizes = args.num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
+    problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed
+    train, test = max(1, min(args.batch_train, args.num_queries) // 2), max(1, args.batch_size_test // 2)
     try:
-        return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed)
+        return guarded(
+            functools.partial(evaluate_synset, *problem),
+            lambda: f"give --batch_train {train} and --batch_size_test {test}",
+        )
     except NonFiniteLoss as error:
         iteration = synset.settings["iteration"]
         flags = "--lr_img, --lr_txt or --lr_lr" if iteration else "--lr_teacher_img or --lr_teacher_txt"

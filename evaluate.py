@@ -89,15 +89,16 @@ def main(argv=None):
     # What all rows share: pictures are decoded and captions embedded once.
     splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
     text_encoder = make_text_encoder(args)
+    text_dim = text_encoder.width
+    for path, synset in synsets.items():
+        check_width(path, synset, text_dim, args)
     test = retrieval_pairs(args, splits["test"], text_encoder)
     validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
     del text_encoder
-    for path, synset in synsets.items():
-        check_width(path, synset, test[1].shape[1], args)
 
     rows = []
     for name, encoder in by_encoder.items():
-        factory = make_factory(encoder, test[1].shape[1], args.eval_full)
+        factory = make_factory(encoder, text_dim, args.eval_full)
         for path, synset in synsets.items():
             if args.tune_rates:
                 synset = tuned(synset, validation, factory, args)
@@ -105,7 +106,7 @@ def main(argv=None):
             rows.append(row_of_set(path, synset, name, factory.trains, results))
             announce(rows[-1])
         if args.all_data:
-            of_experts = make_factory(encoder, test[1].shape[1]) if factory.lora != lora_of(encoder) else factory
+            of_experts = make_factory(encoder, text_dim) if factory.lora != lora_of(encoder) else factory
             row = row_of_experts(of_experts, test, encoder, is_first=name == args.image_encoder[0])
             if row:
                 rows.append(row)

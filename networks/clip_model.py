@@ -37,21 +37,30 @@ class CLIPModel(nn.Module):
 
     The image tower's parameters are named `image_encoder.*`, the text tower's `text_projection.*`;
     the frozen text encoder is not part of the model, its output is the input `text_embed`.
+    With `bf16` the towers compute in bfloat16 where that is safe; parameters and features keep their type.
     """
 
-    def __init__(self, image_encoder: ImageEncoder, text_projection: ProjectionHead):
+    def __init__(self, image_encoder: ImageEncoder, text_projection: ProjectionHead, bf16: bool = False):
         super().__init__()
         self.image_encoder = image_encoder
         self.text_projection = text_projection
+        self.bf16 = bf16
 
     def encode_image(self, images):  # [B, 3, H, W] -> [B, D]
-        return F.normalize(self.image_encoder(images), dim=-1)
+        return self._features(self.image_encoder, images)
 
     def encode_text(self, text_embed):  # [B, D_text] -> [B, D]
-        return F.normalize(self.text_projection(text_embed), dim=-1)
+        return self._features(self.text_projection, text_embed)
 
-    def forward(self, images, text_embed):
-        return self.encode_image(images), self.encode_text(text_embed)
+    def _features(self, tower, inputs):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+            features = tower(inputs)
+        return F.normalize(features.to(inputs.dtype), dim=-1)
+
+    def forward(self, images=None, text_embed=None):
+        """Features of what is given; None for what is not."""
+        image_features = None if images is None else self.encode_image(images)
+        return image_features, None if text_embed is None else self.encode_text(text_embed)
 
 
 def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
@@ -85,6 +94,7 @@ class ModelFactory:
         image_trainable: whether the image tower trains.
         device: where the models live.
         lora: how the image encoder is adapted; None trains its own weights.
+        bf16: whether the models compute in bfloat16.
 
     Attributes:
         base: digest of the weights under the adapters, None without `lora`.
@@ -94,7 +104,14 @@ class ModelFactory:
     """
 
     def __init__(
-        self, build_encoder, starts_pretrained, text_dim, image_trainable=True, device="cpu", lora: Lora | None = None
+        self,
+        build_encoder,
+        starts_pretrained,
+        text_dim,
+        image_trainable=True,
+        device="cpu",
+        lora: Lora | None = None,
+        bf16: bool = False,
     ):
         if lora and not image_trainable:
             raise InputError("adapters train the image encoder; give either --lora_rank or --image_trainable False")
@@ -103,7 +120,7 @@ class ModelFactory:
         self.text_dim = text_dim
         self.image_trainable = image_trainable
         self.device = torch.device(device)
-        self.lora = lora
+        self.lora, self.bf16 = lora, bf16
         with torch.random.fork_rng():
             torch.manual_seed(BASE_SEED)
             self.encoder = self._build()
@@ -133,5 +150,5 @@ class ModelFactory:
             else:
                 self.encoder = self._build()
             projection = ProjectionHead(self.text_dim, self.encoder.width)
-        model = CLIPModel(self.encoder, projection).to(self.device, memory_format=torch.channels_last)
+        model = CLIPModel(self.encoder, projection, self.bf16).to(self.device, memory_format=torch.channels_last)
         return model.train()

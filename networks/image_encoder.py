@@ -9,6 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from data.errors import InputError
+from networks.activations import replace_activations
 
 # The names of the paper and of the released scripts, and the timm models they stand for.
 SHORT_NAMES = {
@@ -26,7 +27,8 @@ class ImageEncoder(nn.Module):
 
     Batch normalisation always uses its stored statistics: running statistics move outside the
     trajectory of parameters, so a student could not follow an expert that updates them.
-    Attention runs unfused, because the fused kernels cannot be differentiated twice.
+    Attention runs unfused, because the fused kernels cannot be differentiated twice, and SiLU as in
+    networks/activations.py, which keeps less for it.
 
     Attributes:
         width: number of features D.
@@ -43,6 +45,7 @@ class ImageEncoder(nn.Module):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
+        replace_activations(model)
 
     def train(self, mode: bool = True):
         super().train(mode)

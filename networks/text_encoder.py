@@ -31,6 +31,9 @@ class TextEncoder:
         pooling: "cls" or "mean"; without effect on CLIP.
         pretrained: False draws the weights from a fixed seed.
 
+    Attributes:
+        width: of the embeddings, D.
+
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
@@ -54,6 +57,7 @@ class TextEncoder:
                 "a Hugging Face id that can be downloaded, or a local folder"
             ) from error
         self.model = model.eval().requires_grad_(False).to(self.device)
+        self.width = model.config.projection_dim if self.is_clip else model.config.hidden_size
 
     def _load(self, source, config, pretrained):
         auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel

@@ -1,11 +1,20 @@
 """A tiny data set and the command line that goes with it, shared by the tests."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import buffer
+import distill
 from data.demo import make_demo
 
+QUICK_BUFFER = ["--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
+QUICK_DISTILL = [
+    *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--max_start_epoch", "2", "--eval_it", "2"),
+    *("--num_eval", "2", "--epoch_eval_train", "2", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
+    *("--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1", "--disabled_wandb"),
+]
 ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
 
 
@@ -28,3 +37,42 @@ def tiny_argv(tiny_data, tmp_path_factory):
         *("--text_pooling", "mean", "--num_workers", "0", "--device", "cpu"),
         *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
     ]
+
+
+@pytest.fixture(scope="session")
+def run_buffer(tiny_argv):
+    def run(folder, *more):
+        return buffer.main([*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(folder), *map(str, more)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def experts(run_buffer, tmp_path_factory):
+    """Buffer folder with two experts of two epochs."""
+    folder = tmp_path_factory.mktemp("buffer")
+    assert run_buffer(folder, "--num_experts", 2) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_distill(tiny_argv, experts):
+    def run(save_dir, *more):
+        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(experts), "--save_dir", str(save_dir)]
+        return distill.main([*argv, *map(str, more)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def straight(run_distill, tmp_path_factory):
+    """Run folder of four iterations."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run_distill(folder, "--Iteration", 4) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """The lines of a run folder's metrics.jsonl."""
+    return lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,8 @@ from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
-from utils.matching import Pairs, matching_gradient, student_loss
+from utils.matching import Pairs, matching_gradient
+from utils.student import StudentLoss
 from utils.trajectory import Trajectory, find_trajectories
 
 LAYERS = {
@@ -96,7 +97,7 @@ def test_first_step_moves_only_b(name):
             p.data.fill_(0.5)
     images, texts = torch.randn(4, 3, 32, 32), torch.randn(4, 8)
     before = {n: p.detach().clone() for n, p in trained_parameters(model).items()}
-    student_loss(model, 0.07)(trained_parameters(model), images, texts).backward()
+    StudentLoss(model, 0.07)(trained_parameters(model), images, texts).backward()
     for n, p in trained_parameters(model).items():
         moved = (p.detach() - 0.1 * p.grad != before[n]).any()
         assert moved == (not n.endswith(".A")), n
@@ -182,7 +183,7 @@ def test_outer_gradient_is_that_of_the_full_unroll(name):
     target = {n: v + 0.01 * torch.randn_like(v) for n, v in start.items()}
     values = torch.randn(6, 3, 32, 32), torch.randn(6, 5), torch.tensor(0.02), torch.tensor(0.05)
     batches = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5]), torch.tensor([5, 0, 1, 4])]
-    loss_fn = student_loss(model, 0.5)
+    loss_fn = StudentLoss(model, 0.5)
     pairs = Pairs(*(v.double() for v in values))
     matching = matching_gradient(loss_fn, start, target, pairs, batches, 0)
 

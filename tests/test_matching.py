@@ -5,19 +5,34 @@ import torch
 
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
-from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss, student_loss
+from networks.lora import Lora, add_lora
+from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss
+from utils.student import StudentLoss
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
 
 
-def unroll(loss_fn, start, target, pairs, batches, seed):
+def loss_in_chunks(loss_fn, params, images, text_embed, seed, pair_chunk):
+    """The student's loss with an image tower that sees `pair_chunk` pairs at a time, each with its own dropout."""
+    features = []
+    for number, chunk in enumerate(images.split(pair_chunk)):
+        torch.manual_seed(seed + (number + 1) * 2**41)
+        features.append(loss_fn.encode_image(params, chunk))
+    torch.manual_seed(seed)
+    return loss_fn.of_features(params, torch.cat(features), text_embed)
+
+
+def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None):
     """The oracle: every step's graph is kept. Returns the matching loss, a function of pairs' tensors."""
     image_syn, text_syn, lr_img, lr_txt = pairs.tensors()
     params = {name: value.detach().requires_grad_() for name, value in start.items()}
     for step, batch in enumerate(batches):
         torch.manual_seed(seed + step)
-        loss = loss_fn(params, image_syn[batch], text_syn[batch])
+        if pair_chunk is None or pair_chunk >= len(batch):
+            loss = loss_fn(params, image_syn[batch], text_syn[batch])
+        else:
+            loss = loss_in_chunks(loss_fn, params, image_syn[batch], text_syn[batch], seed + step, pair_chunk)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         params = {
             name: value - (lr_img if name.startswith("image_encoder.") else lr_txt) * grad
@@ -32,11 +47,13 @@ def unroll(loss_fn, start, target, pairs, batches, seed):
     return total
 
 
-def unroll_gradient(loss_fn, start, target, pairs, batches, seed):
+def unroll_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk=None):
+    """A rate that no parameter learns with has no gradient: 0."""
     with torch.random.fork_rng():
         leaves = Pairs(*(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors()))
-        loss = unroll(loss_fn, start, target, leaves, batches, seed)
-        return loss.detach(), Pairs(*torch.autograd.grad(loss, leaves.tensors()))
+        loss = unroll(loss_fn, start, target, leaves, batches, seed, pair_chunk)
+        gradient = torch.autograd.grad(loss, leaves.tensors(), allow_unused=True, materialize_grads=True)
+        return loss.detach(), Pairs(*gradient)
 
 
 def relative_error(value, expected):
@@ -47,16 +64,18 @@ def relative_error(value, expected):
 class Problem:
     """A student in float64 with everything `matching_gradient` takes."""
 
-    def __init__(self, encoder, dropout=0.1, freeze=None, **kwargs):
+    def __init__(self, encoder, dropout=0.1, freeze=None, lora=None, **kwargs):
         generator = torch.Generator().manual_seed(1)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             image_encoder = build_image_encoder(encoder, 32, pretrained=False, kwargs=kwargs)
             self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, image_encoder.width, dropout))
+            if lora:
+                add_lora(image_encoder, lora)
         self.model.double().train()
         if freeze:
             getattr(self.model, freeze).requires_grad_(False)
-        self.loss_fn = student_loss(self.model, 0.07)
+        self.loss_fn = StudentLoss(self.model, 0.07)
 
         def normal(shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -94,6 +113,52 @@ def test_gradient_equals_the_full_unroll(encoder, steps, request):
     assert relative_error(matching.loss, loss) < 1e-10
     for name in NAMES:
         assert relative_error(getattr(matching.gradient, name), getattr(expected, name)) < 1e-10, name
+
+
+# ---- chunks of pairs
+
+
+def check_chunks(arguments, pair_chunk, expected=None):
+    """Against the unroll whose image tower draws its random numbers in the same chunks."""
+    loss, expected = expected or unroll_gradient(*arguments, pair_chunk)
+    matching = matching_gradient(*arguments, pair_chunk)
+    assert relative_error(matching.loss, loss) < 1e-10
+    for name in NAMES:
+        value, exact = getattr(matching.gradient, name), getattr(expected, name)
+        assert (value - exact).norm() <= 1e-10 * exact.norm(), name
+
+
+@pytest.mark.parametrize("batch_size", [NUM_PAIRS, 4])
+@pytest.mark.parametrize("pair_chunk", [1, 3, 4, NUM_PAIRS, NUM_PAIRS + 2])
+@pytest.mark.parametrize("encoder", ["nfnet", "vit"])
+def test_chunks_give_the_gradient_of_the_full_unroll(encoder, pair_chunk, batch_size, request):
+    """Whole and ragged last chunks, chunks larger than the set; dropout in both towers (vit)."""
+    check_chunks(request.getfixturevalue(encoder).arguments(3, batch_size=batch_size), pair_chunk)
+
+
+@pytest.mark.parametrize("pair_chunk", [1, 2, 4])
+def test_without_dropout_in_the_image_tower_chunks_change_nothing(nfnet, pair_chunk):
+    arguments = nfnet.arguments(3, batch_size=NUM_PAIRS)
+    check_chunks(arguments, pair_chunk, unroll_gradient(*arguments))
+
+
+@pytest.mark.parametrize("freeze", ["image_encoder", "text_projection"])
+def test_chunks_with_a_frozen_tower(freeze):
+    check_chunks(Problem("test_vit", freeze=freeze).arguments(3, batch_size=NUM_PAIRS), 2)
+
+
+@pytest.mark.parametrize("encoder", ["test_nfnet", "test_vit"])
+def test_chunks_with_adapters(encoder):
+    check_chunks(Problem(encoder, lora=Lora(2, 4.0, "all", "norm+bias")).arguments(3, batch_size=NUM_PAIRS), 2)
+
+
+def test_global_random_state_stays_as_it_is_with_chunks(nfnet):
+    state = torch.get_rng_state()
+    matching_gradient(*nfnet.arguments(2), 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- random numbers and arguments
 
 
 @pytest.mark.parametrize("encoder", ["nfnet", "vit"])
@@ -147,15 +212,11 @@ def test_a_tower_that_does_not_train_counts_nothing(frozen, its_loss, its_rate):
     matching = matching_gradient(*arguments)
     assert getattr(matching, its_loss) == 0
     assert getattr(matching.gradient, its_rate) == 0
-    loss_fn, start, target, pairs, batches, seed = arguments
-    leaves = Pairs(*(tensor.clone().requires_grad_() for tensor in pairs.tensors()))
-    with torch.random.fork_rng():
-        loss = unroll(loss_fn, start, target, leaves, batches, seed)
-    expected = torch.autograd.grad(loss, leaves.tensors(), materialize_grads=True, allow_unused=True)
-    assert relative_error(matching.loss, loss.detach()) < 1e-10
-    for name, value, gradient in zip(NAMES, matching.gradient.tensors(), expected, strict=True):
+    loss, expected = unroll_gradient(*arguments)
+    assert relative_error(matching.loss, loss) < 1e-10
+    for name in NAMES:
         if name != its_rate:
-            assert relative_error(value, gradient) < 1e-10, name
+            assert relative_error(getattr(matching.gradient, name), getattr(expected, name)) < 1e-10, name
 
 
 def test_an_expert_that_stood_still_in_a_tower_counts_nothing_there(nfnet):
@@ -180,6 +241,22 @@ def test_single_precision_in_channels_last():
     for name in NAMES:
         assert getattr(gradient, name).dtype == torch.float32
         assert relative_error(getattr(gradient, name).double(), getattr(expected, name)) < 1e-3, name
+
+
+@pytest.mark.parametrize("pair_chunk", [None, 2])
+def test_half_precision_is_close_and_leaves_single_precision(pair_chunk):
+    problem = Problem("test_nfnet", dropout=0.0)
+    loss_fn, start, target, pairs, batches, seed = problem.arguments(2)
+    expected = unroll_gradient(loss_fn, start, target, pairs, batches, seed)[1].image_syn.float()
+    problem.model.float().bf16 = True
+    start, target = ({name: value.float() for name, value in values.items()} for values in (start, target))
+    pairs = Pairs(*(tensor.float() for tensor in pairs.tensors()))
+    matching = matching_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk)
+    assert {tensor.dtype for tensor in matching.gradient.tensors()} == {torch.float32}
+    assert matching.loss.dtype == torch.float32
+    value = matching.gradient.image_syn
+    assert torch.cosine_similarity(value.flatten(), expected.flatten(), dim=0) > 0.99
+    assert relative_error(value, expected) > 1e-4
 
 
 # ---- a problem small enough to follow by hand

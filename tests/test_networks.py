@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from networks import image_encoder, text_encoder
+from networks.activations import SiLU
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
-from networks.image_encoder import SHORT_NAMES, build_image_encoder
+from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
 from networks.loss import contrastive_loss
 from networks.text_encoder import TextEncoder
 
@@ -313,7 +314,7 @@ def clip_folder(tmp_path_factory):
 def test_clip_gives_the_projected_embedding(clip_folder):
     encoder = TextEncoder(clip_folder)
     embeddings = encoder.encode(["a dog", "a longer text about two cats"])
-    assert embeddings.shape == (2, 12)
+    assert embeddings.shape == (2, encoder.width) == (2, 12)
     tokens = encoder.tokenizer("a dog", return_tensors="pt")
     model = transformers.CLIPTextModelWithProjection.from_pretrained(clip_folder).eval()
     with torch.no_grad():
@@ -340,3 +341,49 @@ def test_text_encoder_that_is_not_there(tmp_path, bert_folder):
     assert str(broken) in error_line(TextEncoder, str(broken))
     weights.unlink()
     assert str(broken) in error_line(TextEncoder, str(broken))
+
+
+# ---- activations that keep little
+
+
+def gradients_of_gradients(function, x):
+    y = function(x)
+    (grad,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    return y.detach(), grad.detach(), torch.autograd.grad(grad.pow(3).sum(), x)[0]
+
+
+def test_silu_and_its_two_derivatives():
+    x = (4 * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    ours = gradients_of_gradients(SiLU(), x)
+    expected = gradients_of_gradients(torch.nn.functional.silu, x)
+    for value, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(SiLU(), x)
+    assert torch.autograd.gradgradcheck(SiLU(), x)
+
+
+def test_silu_keeps_two_tensors_for_a_gradient_of_a_gradient():
+    kept = set()
+
+    def note(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = torch.randn(50, requires_grad=True)
+    vector = torch.ones(50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        torch.autograd.grad(SiLU()(x), x, vector, create_graph=True)
+    assert kept == {x.untyped_storage().data_ptr(), vector.untyped_storage().data_ptr()}
+
+
+def test_activations_are_replaced_and_features_are_timms():
+    model = timm.create_model("test_nfnet", num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    names = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(images)
+        encoder = ImageEncoder(model).eval()
+        torch.testing.assert_close(encoder(images), expected)
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(module, torch.nn.SiLU) for module in encoder.modules())
+    assert any(isinstance(module, SiLU) for module in encoder.modules())

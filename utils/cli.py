@@ -227,6 +227,12 @@ def add_run_flags(parser: Parser) -> None:
         help="the same seed gives the same numbers on a CPU",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        default="tf32",
+        help="of the networks' products; parameters, losses and what is learned stay fp32; on a CPU tf32 is fp32",
+    )
 
 
 def add_log_flags(parser: Parser) -> None:
@@ -251,7 +257,7 @@ def one_line_errors(main):
             return 2
         except torch.cuda.OutOfMemoryError:
             print(
-                "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --mini_batch_size (distill.py), "
+                "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --pair_chunk (distill.py), "
                 "--batch_train (evaluation) or --image_size",
                 file=sys.stderr,
             )

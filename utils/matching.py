@@ -5,20 +5,13 @@ parameters before step t, ℓ the contrastive loss, g_t = ∇ℓ(θ_t; X_t, Y_t)
 λ_t = ∂L/∂θ_t where L is the matching loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from networks.loss import contrastive_loss
-
-IMAGE_TOWER = "image_encoder."
-
-Parameters = dict[str, Tensor]
-# (parameters, images [B, 3, H, W], text_embed [B, D_text]) -> scalar
-StudentLoss = Callable[[Parameters, Tensor, Tensor], Tensor]
+from utils.student import IMAGE_TOWER, ChunkedSteps, Parameters, StudentLoss, WholeSteps
 
 
 @dataclass
@@ -58,16 +51,6 @@ class Matching:
     gradient: Pairs
 
 
-def student_loss(model, temperature: float) -> StudentLoss:
-    """The contrastive loss of `model` as a function of the parameters that train."""
-
-    def loss(params: Parameters, images: Tensor, text_embed: Tensor) -> Tensor:
-        image_features, text_features = functional_call(model, params, (images, text_embed))
-        return contrastive_loss(image_features, text_features, temperature)
-
-    return loss
-
-
 def draw_batches(num_pairs: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Indices of the pairs of each student step: `steps` tensors [min(batch_size, num_pairs)], drawn anew."""
     return [torch.randperm(num_pairs, generator=generator)[:batch_size] for _ in range(steps)]
@@ -80,10 +63,12 @@ def matching_loss(student: Parameters, start: Parameters, target: Parameters) ->
     """
     losses = []
     for names in _towers(student):
+        if not names:
+            losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(student.values())).device))
+            continue
         distance = sum(((student[n] - target[n]) ** 2).sum() for n in names)
         travelled = sum(((start[n] - target[n]) ** 2).sum() for n in names)
-        moved = names and travelled > 0
-        losses.append(distance / travelled if moved else torch.zeros((), dtype=torch.float32))
+        losses.append(distance / travelled.where(travelled > 0, torch.inf))
     return losses[0], losses[1]
 
 
@@ -94,106 +79,96 @@ def matching_gradient(
     pairs: Pairs,
     batches: Sequence[Tensor],
     seed: int,
+    pair_chunk: int | None = None,
 ) -> Matching:
     """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
 
     The steps run without a graph, keeping each θ_t. Then the sweep goes back from λ_T = ∂L/∂θ_T: at step t
     the graph of g_t is built again, and the vector-Jacobian product of g_t with −β λ_{t+1} gives the step's
     part of ∂L/∂X, ∂L/∂Y and of λ_t = λ_{t+1} − β (∂g_t/∂θ)ᵀ λ_{t+1}; ∂L/∂β loses ⟨λ_{t+1}, g_t⟩.
-    The last step's graph is kept from the way forth. Random numbers inside the loss (dropout) are the same
-    on both ways, and depend only on `seed` and t.
+    The last step's graph is kept from the way forth unless it runs in chunks. Random numbers inside the loss
+    (dropout) are the same on both ways, and depend only on `seed` and t, those of an image tower in chunks also
+    on the chunk.
 
     Args:
-        loss_fn: the student's loss, see `student_loss`.
+        loss_fn: the student's loss.
         start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
         pairs: the synthetic pairs and rates; their tensors need no gradient flag.
         batches: indices into the pairs for each step, see `draw_batches`.
         seed: of the random numbers in the student's steps.
+        pair_chunk: pairs whose image tower's graph is held at a time; None for all. Then a step's memory does not
+            grow with its pairs, for about 1.4 times the operations (more time for small chunks).
     """
     pairs = Pairs(*(tensor.detach() for tensor in pairs.tensors()))
-    sweep = _Sweep(loss_fn, start, pairs, batches, seed)
+    arguments = loss_fn, list(start), pairs, batches, seed
+    in_chunks = pair_chunk is not None and pair_chunk < max(len(batch) for batch in batches)
+    sweep = _Sweep(ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments), start)
     with torch.random.fork_rng():
-        student_losses = sweep.forth()
-        final = sweep.params.pop()
-        with torch.enable_grad():
-            image_loss, text_loss = matching_loss(final, start, target)
-            loss = image_loss + text_loss
-            adjoint = torch.autograd.grad(loss, list(final.values()), allow_unused=True, materialize_grads=True)
-        gradient = sweep.back(adjoint)
-    return Matching(loss.detach(), image_loss.detach(), text_loss.detach(), student_losses, gradient)
+        student_losses, final = sweep.forth()
+        image_loss, text_loss, adjoint = _end_of_unroll(final, start, target)
+        del final
+        gradient = Pairs(*sweep.back(adjoint))
+    return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
 
 
 class _Sweep:
-    """One unroll of the student: `forth` fills `params` with θ_0 … θ_T, `back` consumes them."""
+    """One unroll of the student: `forth` keeps θ_0 … θ_{T−1}, `back` consumes them.
 
-    def __init__(self, loss_fn, start, pairs, batches, seed):
-        self.loss_fn, self.pairs, self.batches, self.seed = loss_fn, pairs, batches, seed
-        self.names = list(start)
-        self.is_image = [name.startswith(IMAGE_TOWER) for name in self.names]
-        self.params = [self._leaves(start.values())]
-        self.kept_graph = None
+    On a GPU they are kept in the host's memory, but for the first, which is the caller's, and the last, used next.
+    """
 
-    def _leaves(self, values) -> Parameters:
-        return {n: v.detach().requires_grad_() for n, v in zip(self.names, values, strict=True)}
+    def __init__(self, steps: WholeSteps, start: Parameters):
+        self.steps, self.start = steps, start
+        self.stored: list[Parameters] = []
 
-    def _by_tower(self, of_image, of_text):
-        return [of_image if image else of_text for image in self.is_image]
-
-    def _step_graph(self, step: int, params: Parameters, create_graph: bool):
-        """ℓ and g_t at `params`, and the leaves [θ_t…, X_t, Y_t] that g_t's graph ends in."""
-        torch.manual_seed(self.seed + step)
-        batch = self.batches[step].to(self.pairs.image_syn.device)
-        images = self.pairs.image_syn[batch].requires_grad_(create_graph)
-        text_embed = self.pairs.text_syn[batch].requires_grad_(create_graph)
-        with torch.enable_grad():
-            loss = self.loss_fn(params, images, text_embed)
-            grads = torch.autograd.grad(
-                loss, list(params.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        return loss.detach(), grads, [*params.values(), images, text_embed]
-
-    def forth(self) -> Tensor:
-        losses = []
-        rates = self._by_tower(-self.pairs.syn_lr_img, -self.pairs.syn_lr_txt)
-        for step in range(len(self.batches)):
-            params = self.params[-1]
-            last = step == len(self.batches) - 1
-            loss, grads, leaves = self._step_graph(step, params, create_graph=last)
-            if last:
-                self.kept_graph = grads, leaves
+    def forth(self) -> tuple[Tensor, Parameters]:
+        """ℓ before each step [T], and θ_T, ready for a gradient."""
+        losses, params = [], _leaves(self.start)
+        rates = [-rate for rate in self.steps.rates]
+        last = len(self.steps.batches) - 1
+        for step in range(last + 1):
+            loss, grads = self.steps.gradient(step, params)
             losses.append(loss)
-            moved = torch._foreach_addcmul(_detached(params.values()), _detached(grads), rates)
-            self.params.append(self._leaves(moved))
-        return torch.stack(losses)
+            self.stored.append(params if step in (0, last) else _to_host(params))
+            with torch.no_grad():
+                moved = torch._foreach_addcmul(list(params.values()), grads, rates)
+            params = _leaves(dict(zip(params, moved, strict=True)))
+        return torch.stack(losses), params
 
-    def back(self, adjoint: Sequence[Tensor]) -> Pairs:
-        pairs = self.pairs
-        image_grad, text_grad = torch.zeros_like(pairs.image_syn), torch.zeros_like(pairs.text_syn)
-        lr_img_grad, lr_txt_grad = torch.zeros_like(pairs.syn_lr_img), torch.zeros_like(pairs.syn_lr_txt)
-        adjoint = list(adjoint)  # λ_{t+1}
-        for step in reversed(range(len(self.batches))):
-            params = self.params.pop()
-            grads, leaves = self.kept_graph or self._step_graph(step, params, create_graph=True)[1:]
-            self.kept_graph = None
-            inner = torch.stack([torch.sum(a * g) for a, g in zip(adjoint, _detached(grads), strict=True)])
-            is_image = torch.tensor(self.is_image, device=inner.device)
-            lr_img_grad -= inner[is_image].sum()
-            lr_txt_grad -= inner[~is_image].sum()
-            vectors = torch._foreach_mul(adjoint, self._by_tower(-pairs.syn_lr_img, -pairs.syn_lr_txt))
-            *theta, images, texts = torch.autograd.grad(
-                grads, leaves, grad_outputs=vectors, allow_unused=True, materialize_grads=True
-            )
-            torch._foreach_add_(adjoint, theta)
-            batch = self.batches[step].to(image_grad.device)
-            image_grad.index_add_(0, batch, images)
-            text_grad.index_add_(0, batch, texts)
-        return Pairs(image_grad, text_grad, lr_img_grad, lr_txt_grad)
+    def back(self, adjoint: Sequence[Tensor]) -> list[Tensor]:
+        """∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt) from λ_T, which is overwritten."""
+        adjoint = list(adjoint)
+        device = adjoint[0].device
+        for step in reversed(range(len(self.stored))):
+            stored = self.stored.pop()
+            params = _leaves({name: value.to(device, non_blocking=True) for name, value in stored.items()})
+            with torch.enable_grad():
+                self.steps.pull_back(step, params, adjoint)
+        return self.steps.grads
 
 
-def _detached(tensors) -> list[Tensor]:
-    return [t.detach() for t in tensors]
+def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):
+    """The two terms of L and λ_T."""
+    with torch.enable_grad():
+        image_loss, text_loss = matching_loss(final, start, target)
+        loss = image_loss + text_loss
+    adjoint = torch.autograd.grad(loss, list(final.values()), allow_unused=True, materialize_grads=True)
+    return image_loss.detach(), text_loss.detach(), adjoint
 
 
 def _towers(params: Parameters) -> tuple[list[str], list[str]]:
     image = [name for name in params if name.startswith(IMAGE_TOWER)]
     return image, [name for name in params if name not in set(image)]
+
+
+def _leaves(params: Parameters) -> Parameters:
+    return {name: value.detach().requires_grad_() for name, value in params.items()}
+
+
+def _to_host(params: Parameters) -> Parameters:
+    return {name: _pinned_copy(value) if value.is_cuda else value for name, value in params.items()}
+
+
+def _pinned_copy(value: Tensor) -> Tensor:
+    value = value.detach()
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)

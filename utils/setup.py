@@ -89,7 +89,10 @@ def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFacto
 
     starts_pretrained = args.image_pretrained or args.image_checkpoint is not None
     lora = None if train_in_full else lora_of(args)
-    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, find_device(args), lora)
+    device = find_device(args)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    bf16 = args.precision == "bf16"
+    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, device, lora, bf16)
 
 
 def lora_of(args) -> Lora | None:

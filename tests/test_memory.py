@@ -1,0 +1,127 @@
+"""Planning of the pairs in memory, full memory as one line, and reading ahead."""
+
+import threading
+
+import pytest
+import torch
+
+import distill
+from data.errors import InputError
+from utils.memory import OutOfMemory, guarded, pair_chunk_advice, plan_pair_chunk
+from utils.prefetch import Prefetch
+
+# ---- the chunk that fits
+
+
+def test_planned_chunk_fills_the_free_memory():
+    # 100 bytes and 10 a pair: 0.85 of 1000 bytes hold (850 - 100) / 10 pairs.
+    assert plan_pair_chunk((2, 4), [120, 140], 1000, 100) == 75
+    assert plan_pair_chunk((2, 4), [120, 140], 1000, 75) is None
+    assert plan_pair_chunk((2, 4), [120, 140], 10, 100) == 1
+    assert plan_pair_chunk((1, 1), [110, 110], 1000, 1) is None
+    assert plan_pair_chunk((2, 4), [120, 120], 1000, 100) is None  # no growth seen
+
+
+# ---- full memory
+
+
+def full(*args, **kwargs):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_guarded_frees_what_the_failed_call_held():
+    with pytest.raises(OutOfMemory, match="^CUDA is out of memory; give --pair_chunk 25$") as caught:
+        guarded(full, lambda: pair_chunk_advice(50))
+    assert caught.value.__context__ is None
+    assert guarded(lambda: 3, str) == 3
+    assert "smaller --image_encoder" in pair_chunk_advice(1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"), [([], "--pair_chunk 2"), (["--pair_chunk", 3], "--pair_chunk 1"), (["--pair_chunk", 9], " 2")]
+)
+def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, capsys, monkeypatch, flags, advice):
+    """Batches of 4 pairs; memory runs out in the second iteration."""
+    real, calls = distill.matching_gradient, []
+
+    def second_is_full(*args):
+        calls.append(args)
+        return real(*args) if len(calls) == 1 else full()
+
+    monkeypatch.setattr(distill, "matching_gradient", second_is_full)
+    assert run_distill(tmp_path / "run", "--Iteration", 4, *flags) == 2
+    out, err = capsys.readouterr()
+    assert err.strip().splitlines()[-1] == f"error: CUDA is out of memory; give --pair_chunk {advice.split()[-1]}"
+    assert "last good set is" in out and "stopped at iteration 1" in out
+    assert (tmp_path / "run/last.safetensors").exists()
+    monkeypatch.undo()
+    assert run_distill(tmp_path / "run", "--Iteration", 4, "--resume", "--pair_chunk", 2) == 0
+
+
+def test_full_memory_in_an_evaluation(run_distill, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "evaluate_synset", full)
+    assert run_distill(tmp_path, "--Iteration", 1) == 2
+    assert "give --batch_train 3 and --batch_size_test 64" in capsys.readouterr().err
+
+
+def test_chunks_distil_the_same_set(metrics, straight, run_distill, tmp_path):
+    """test_nfnet has no dropout in its image tower, so that only the rounding differs."""
+    assert run_distill(tmp_path / "run", "--Iteration", 4, "--pair_chunk", 3) == 0
+    losses = (
+        [line["Grand_Loss"] for line in metrics(run) if "Grand_Loss" in line] for run in (straight, tmp_path / "run")
+    )
+    torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_distils(metrics, run_distill, straight, tmp_path):
+    assert run_distill(tmp_path / "run", "--Iteration", 2, "--precision", "bf16") == 0
+    first, exact = metrics(tmp_path / "run"), metrics(straight)
+    loss, wanted = (next(line["Grand_Loss"] for line in lines if "Grand_Loss" in line) for lines in (first, exact))
+    assert loss != wanted and loss == pytest.approx(wanted, rel=0.2)
+
+
+# ---- reading ahead
+
+
+def test_prefetch_reads_one_ahead_in_another_thread():
+    read, threads = [], set()
+
+    def note(iteration):
+        read.append(iteration)
+        threads.add(threading.get_ident())
+        return -iteration
+
+    prefetch = Prefetch(note, end=5)
+    assert [prefetch.take(iteration) for iteration in (2, 3, 4)] == [-2, -3, -4]
+    prefetch.close()
+    assert read == [2, 3, 4]
+    assert threading.get_ident() not in threads
+
+
+def test_an_error_while_reading_ahead_is_raised_where_it_is_needed():
+    def fail_at_one(iteration):
+        if iteration == 1:
+            raise InputError("gone")
+        return iteration
+
+    prefetch = Prefetch(fail_at_one, end=3)
+    assert prefetch.take(0) == 0
+    with pytest.raises(InputError, match="gone"):
+        prefetch.take(1)
+    prefetch.close()
+
+
+def test_an_expert_that_vanishes_is_one_line(run_distill, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def vanish(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError("Input/output error")
+        return snapshot(*args)
+
+    snapshot = distill.find_trajectories.__globals__["Trajectory"].snapshot
+    monkeypatch.setattr("utils.trajectory.Trajectory.snapshot", vanish)
+    assert run_distill(tmp_path, "--Iteration", 4) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: expert ") and "can no longer be read (Input/output error)" in last

@@ -1,0 +1,69 @@
+"""How many pairs fit into a GPU's memory at a time, and what to say when they do not."""
+
+from collections.abc import Callable
+
+import torch
+
+from data.errors import InputError
+from utils.matching import Pairs, matching_gradient
+
+SHARE = 0.85  # of the free memory is planned with; convolutions choose other workspaces for other sizes
+
+
+class OutOfMemory(InputError):
+    """The GPU's memory is full; the text says which flag to change."""
+
+
+def guarded(call: Callable, advice: Callable[[], str]):
+    """call(), with `OutOfMemory` in place of CUDA's error, raised when the memory of `call` is free again."""
+    try:
+        return call()
+    except torch.cuda.OutOfMemoryError:
+        pass  # the error holds all frames that were running, until this block is left
+    raise OutOfMemory(f"CUDA is out of memory; {advice()}")
+
+
+def pair_chunk_advice(pairs_at_a_time: int) -> str:
+    if pairs_at_a_time == 1:
+        return "with --pair_chunk 1 already; give a lower --image_size or a smaller --image_encoder"
+    return f"give --pair_chunk {pairs_at_a_time // 2}"
+
+
+def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int) -> int | None:
+    """The largest `pair_chunk` for the free memory of the pairs' GPU, by two short trials; None if all pairs fit.
+
+    On a CPU always None.
+
+    Args:
+        params: the student's parameters by name, on the GPU.
+        batch_size: pairs in a student's step.
+    """
+    device = pairs.image_syn.device
+    if device.type != "cuda":
+        return None
+
+    def peak(size: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        matching_gradient(loss_fn, params, params, pairs, [torch.arange(size)], seed=0)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    small, large = min(2, batch_size), min(4, batch_size)
+    guarded(lambda: peak(small), lambda: pair_chunk_advice(1))  # the first run also loads kernels
+    peaks = [guarded(lambda size=size: peak(size), lambda: pair_chunk_advice(1)) for size in (small, large)]
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    chunk = plan_pair_chunk((small, large), peaks, free, batch_size)
+    shown = "all pairs" if chunk is None else f"{chunk} pairs (--pair_chunk {chunk})"
+    print(f"{shown} at a time, for {free / 1e9:.1f} GB of free GPU memory")
+    return chunk
+
+
+def plan_pair_chunk(sizes: tuple[int, int], peaks: list[int], free: int, batch_size: int) -> int | None:
+    """The chunk that takes `SHARE` of `free` bytes, if `peaks` at two `sizes` grow on in a straight line."""
+    if sizes[0] == sizes[1]:
+        return None
+    per_pair = max(1, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
+    fixed = max(0, peaks[0] - per_pair * sizes[0])
+    chunk = max(1, int((SHARE * free - fixed) / per_pair))
+    return None if chunk >= batch_size else chunk

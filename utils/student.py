@@ -1,0 +1,212 @@
+"""The student: its loss, and the gradient of one of its steps and back through it, whole or in chunks of pairs.
+
+Notation as in utils/matching.py; besides U the image features, J = ∂U/∂θ of the image tower.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from networks.loss import contrastive_loss
+
+IMAGE_TOWER = "image_encoder."
+
+Parameters = dict[str, Tensor]
+
+
+class StudentLoss:
+    """The contrastive loss of `model` as a function of the parameters that train, in two parts."""
+
+    def __init__(self, model, temperature: float):
+        self.model, self.temperature = model, temperature
+
+    def encode_image(self, params: Parameters, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 3, H, W], each a function of its own image alone."""
+        return functional_call(self.model, params, (images, None))[0]
+
+    def of_features(self, params: Parameters, image_features: Tensor, text_embed: Tensor) -> Tensor:
+        """The loss, a scalar, of image features [B, D] and text embeddings [B, D_text]."""
+        text_features = functional_call(self.model, params, (None, text_embed))[1]
+        return contrastive_loss(image_features, text_features, self.temperature)
+
+    def __call__(self, params: Parameters, images: Tensor, text_embed: Tensor) -> Tensor:
+        return self.of_features(params, self.encode_image(params, images), text_embed)
+
+
+class WholeSteps:
+    """Student steps with all their pairs in one graph, the last of which is kept from the way forth.
+
+    Args:
+        loss_fn: (parameters, images [B, 3, H, W], text_embed [B, D_text]) -> ℓ.
+        names: of the parameters.
+        pairs: the synthetic pairs and rates.
+        batches: indices of each step's pairs.
+        seed: of the random numbers; step t depends on `seed` and t alone.
+
+    Attributes:
+        grads: ∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt), filled by `pull_back`.
+    """
+
+    def __init__(self, loss_fn, names: Sequence[str], pairs, batches: Sequence[Tensor], seed: int):
+        self.loss_fn, self.pairs, self.seed = loss_fn, pairs, seed
+        self.batches = [batch.to(pairs.image_syn.device) for batch in batches]
+        self.is_image = [name.startswith(IMAGE_TOWER) for name in names]
+        self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
+        self.grads = [torch.zeros_like(tensor) for tensor in pairs.tensors()]
+        self.kept = None
+
+    def gradient(self, step: int, params: Parameters) -> tuple[Tensor, list[Tensor]]:
+        """ℓ and g_t at `params`."""
+        is_last = step == len(self.batches) - 1
+        loss, grads, leaves = self._graph(step, params, create_graph=is_last)
+        if is_last:
+            self.kept = grads, leaves
+        return loss, [grad.detach() for grad in grads]
+
+    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor]) -> None:
+        """Turns λ_{t+1} into λ_t in place and adds what step t gives to `grads`."""
+        grads, leaves = self.kept or self._graph(step, params, create_graph=True)[1:]
+        self.kept = None
+        for is_image, value, grad in zip(self.is_image, adjoint, grads, strict=True):
+            self.grads[2 if is_image else 3] -= _inner(value, grad)
+        vectors = torch._foreach_mul(adjoint, self.rates)
+        torch._foreach_neg_(vectors)
+        *theta, images, texts = _vector_jacobian(grads, leaves, vectors)
+        torch._foreach_add_(adjoint, theta)
+        self.grads[0].index_add_(0, self.batches[step], images)
+        self.grads[1].index_add_(0, self.batches[step], texts)
+
+    def _graph(self, step: int, params: Parameters, create_graph: bool):
+        torch.manual_seed(self.seed + step)
+        images = self.pairs.image_syn[self.batches[step]].requires_grad_(create_graph)
+        text_embed = self.pairs.text_syn[self.batches[step]].requires_grad_(create_graph)
+        with torch.enable_grad():
+            loss = self.loss_fn(params, images, text_embed)
+            grads = _gradients(loss, list(params.values()), create_graph=create_graph)
+        return loss.detach(), grads, [*params.values(), images, text_embed]
+
+
+class ChunkedSteps(WholeSteps):
+    """Student steps with the graph of only `size` pairs' image tower at a time; the same gradient for every `size`.
+
+    Pairs meet in the loss through their features alone, so ℓ, the text tower and ∂ℓ/∂U are computed on all of them,
+    and the image tower chunk by chunk. On the way back, with λ of the image tower as λᵢ and that of the text tower
+    as λₜ, the step's part is the derivative of s = −βᵢ ⟨Jλᵢ, ∂ℓ/∂U⟩ − βₜ ⟨λₜ, ∂ℓ/∂θₜ⟩:
+
+    1. chunk by chunk, the derivative of Jᵀ(−βᵢ ∂ℓ/∂U) along λᵢ for θ, X, and for its vector, which is Jλᵢ;
+    2. on the features, the derivative of s for θₜ, Y and U, where Jλᵢ is held fixed;
+    3. chunk by chunk, what 2. gave for U goes through Jᵀ to θ and X.
+
+    The features of the way forth are kept. Random numbers of the text tower depend on `seed` and the step,
+    those of the image tower on the chunk's number too.
+    """
+
+    def __init__(self, *args, size: int):
+        super().__init__(*args)
+        self.size = size
+        self.features = []  # U of each step [B, D]
+
+    def gradient(self, step: int, params: Parameters) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            features = torch.cat([self._encode(step, rows, params)[0] for rows in self._chunks(step)])
+        self.features.append(features)
+        loss, (*text_grads, feature_grad), _ = self._head_graph(step, params, create_graph=False)
+        image, _ = self._by_tower(params.values())
+        image_grads = [torch.zeros_like(value) for value in image]
+        for rows in self._chunks(step) if image else ():
+            chunk_features, _ = self._encode(step, rows, params)
+            _add(image_grads, _gradients(chunk_features, image, feature_grad[rows]))
+            del chunk_features
+        image_grads, text_grads = iter(image_grads), iter(text_grads)
+        return loss, [next(image_grads if is_image else text_grads) for is_image in self.is_image]
+
+    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor]) -> None:
+        image_adjoint, text_adjoint = self._by_tower(adjoint)
+        loss_grads, leaves = self._head_graph(step, params, create_graph=True)[1:]
+        *text_grads, feature_grad = (grad.detach() for grad in loss_grads)
+        tangents = self._second_order(step, params, image_adjoint, feature_grad)  # Jλᵢ [B, D]
+        self.grads[2] -= _inner(tangents, feature_grad)
+        for value, grad in zip(text_adjoint, text_grads, strict=True):
+            self.grads[3] -= _inner(value, grad)
+        vectors = [*(a * -self.pairs.syn_lr_txt for a in text_adjoint), tangents * -self.pairs.syn_lr_img]
+        *theta, texts, feature_vectors = _vector_jacobian(loss_grads, leaves, vectors)
+        _add(text_adjoint, theta)
+        self.grads[1].index_add_(0, self.batches[step], texts)
+        self.features.pop()
+        self._first_order(step, params, image_adjoint, feature_vectors)
+
+    def _second_order(self, step: int, params: Parameters, adjoint: list[Tensor], feature_grad: Tensor) -> Tensor:
+        """Adds the part of 1. to `adjoint` and `grads`; returns Jλᵢ [B, D]."""
+        tangents = torch.zeros_like(feature_grad)
+        if not adjoint:
+            return tangents
+        image, _ = self._by_tower(params.values())
+        change = [torch.zeros_like(value) for value in adjoint]
+        for rows in self._chunks(step):
+            vector = (feature_grad[rows] * -self.pairs.syn_lr_img).requires_grad_()
+            features, images = self._encode(step, rows, params)
+            grads = _gradients(features, image, vector, create_graph=True)
+            tangents[rows], images, *theta = _vector_jacobian(grads, [vector, images, *image], adjoint)
+            del features, grads
+            _add(change, theta)
+            self.grads[0].index_add_(0, self.batches[step][rows], images)
+        _add(adjoint, change)
+        return tangents
+
+    def _first_order(self, step: int, params: Parameters, adjoint: list[Tensor], vectors: Tensor) -> None:
+        """Adds the part of 3. to `adjoint` and `grads`."""
+        image, _ = self._by_tower(params.values())
+        for rows in self._chunks(step):
+            features, images = self._encode(step, rows, params)
+            images, *theta = _gradients(features, [images, *image], vectors[rows])
+            del features
+            _add(adjoint, theta)
+            self.grads[0].index_add_(0, self.batches[step][rows], images)
+
+    def _chunks(self, step: int) -> list[slice]:
+        return [slice(first, first + self.size) for first in range(0, len(self.batches[step]), self.size)]
+
+    def _by_tower(self, values) -> tuple[list[Tensor], list[Tensor]]:
+        both = list(zip(self.is_image, values, strict=True))
+        return [value for image, value in both if image], [value for image, value in both if not image]
+
+    def _encode(self, step: int, rows: slice, params: Parameters) -> tuple[Tensor, Tensor]:
+        """Features of the chunk [C, D] and its images [C, 3, H, W], with the graph between if gradients are on."""
+        torch.manual_seed(self.seed + step + (1 + rows.start // self.size << 41))
+        images = self.pairs.image_syn[self.batches[step][rows]].requires_grad_(torch.is_grad_enabled())
+        return self.loss_fn.encode_image(params, images), images
+
+    def _head_graph(self, step: int, params: Parameters, create_graph: bool):
+        """ℓ, its gradient for [θₜ…, U], and the leaves [θₜ…, Y, U], at the features of the way forth."""
+        torch.manual_seed(self.seed + step)
+        features = self.features[-1].detach().requires_grad_()
+        text_embed = self.pairs.text_syn[self.batches[step]].requires_grad_(create_graph)
+        _, text = self._by_tower(params.values())
+        with torch.enable_grad():
+            loss = self.loss_fn.of_features(params, features, text_embed)
+            grads = _gradients(loss, [*text, features], create_graph=create_graph)
+        return loss.detach(), grads, [*text, text_embed, features]
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor], vector: Tensor | None = None, create_graph: bool = False):
+    return torch.autograd.grad(
+        output, inputs, vector, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def _vector_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]):
+    """Σ ∂⟨vector, output⟩/∂input over the outputs; those that depend on no input are left out."""
+    used = [(output, vector) for output, vector in zip(outputs, vectors, strict=True) if output.requires_grad]
+    outputs, vectors = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, materialize_grads=True)
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    return torch.sum(left.detach() * right.detach())
+
+
+def _add(into: list[Tensor], values: Sequence[Tensor]) -> None:
+    if into:
+        torch._foreach_add_(into, values)
