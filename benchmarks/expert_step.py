@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from benchmarks.measure import table
 from data.annotations import Record
 from data.augment import Augment, cached_side
 from data.image_cache import cache_images
@@ -106,12 +107,12 @@ def make_ways(args, step: Step, folder: Path) -> dict:
     paths = draw_pictures(folder, args.pictures)
     records = [Record(path.name, ["a caption"], path.stem) for path in paths]
     generator = torch.Generator().manual_seed(0)
-    table = torch.randn(len(paths), 768, generator=generator)
+    embeddings = torch.randn(len(paths), 768, generator=generator)
     cache, augment = cache_images(paths, cached_side(args.image_size), folder), Augment(args.image_size)
     on_device = args.device.type == "cuda"
     cached = PairDataset(records, paths, _as_it_is if on_device else augment.one, cache)
     decoded = PairDataset(records, paths, train_transform(args.image_size))
-    ways = {"cached": (cached, table.__getitem__, augment if on_device else None, None)}
+    ways = {"cached": (cached, embeddings.__getitem__, augment if on_device else None, None)}
     for length in args.tokens:
         tokens = torch.randint(1000, 30000, (args.batch, length), generator=generator)
         ways[f"decoded and embedded, {length} tokens"] = (
@@ -151,7 +152,7 @@ def main(argv=None):
     head = ["step", "s", "cached / this", "images/s", *(f"{part}, s" for part in PARTS), "captions by count"]
     tokens = [tokens for *_, tokens in ways.values()]
     rows = make_rows(args, taken, [step.captions_share(args, t) for t in tokens])
-    print("\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]))
+    print(table(head, rows))
 
 
 def make_rows(args, taken: dict[str, list[list[float]]], shares: list[str]) -> list[list[str]]:
