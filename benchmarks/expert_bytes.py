@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
+from benchmarks.measure import table
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.loss import contrastive_loss
@@ -89,7 +90,7 @@ def main(argv=None):
         f"{args.image_encoder}, {args.image_size} px, {parameters:,} parameters, {args.num_experts} experts a folder\n"
     )
     head = ["layout", "bytes per expert", "and once a folder", "share of released", "matching loss", "its change"]
-    print("\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]))
+    print(table(head, rows))
 
 
 def write_released(folder: Path, snapshots) -> int:

@@ -145,7 +145,6 @@ class PairLoader:
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
             generator=torch.Generator(),  # otherwise the loader draws from the process's own
         )
 

@@ -179,7 +179,7 @@ def add_data_flags(parser: Parser) -> None:
     add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
     parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
-    add("--cache_dir", default="cache", help="folder for cached caption embeddings and picture features")
+    add("--cache_dir", default="cache", help="folder for cached caption embeddings, picture features and pictures")
     add("--num_workers", type=number(int, least=0), default=min(8, os.cpu_count() or 1), help="loader processes")
     add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 

@@ -13,6 +13,15 @@ from safetensors.torch import save_file
 from data.errors import InputError
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()  # read once: to read it, it must be changed, which another thread could notice
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Writes `tensors` and JSON-able `metadata` to `path` by way of a temporary name.
 
@@ -26,18 +35,12 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
-            temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensors: tuple[str, ...] = ()):
