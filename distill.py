@@ -13,11 +13,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.pairs import load_images
-from data.transforms import normalize
 from networks.clip_model import trained_parameters
 from utils import cli
-from utils.coresets import check_num_queries, random_rows
+from utils.coresets import check_num_queries
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
 from utils.learner import PairLearner
 from utils.log import Log
@@ -29,6 +27,7 @@ from utils.setup import (
     describe_training,
     find_device,
     find_split,
+    initial_pairs,
     make_factory,
     make_text_encoder,
     retrieval_pairs,
@@ -37,7 +36,7 @@ from utils.setup import (
 from utils.student import StudentLoss
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
 from utils.training import NonFiniteLoss
-from utils.trajectory import find_trajectories, stored_lora
+from utils.trajectory import check_epochs, find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
@@ -101,7 +100,7 @@ def main(argv=None):
     settings = {**vars(args), **training}
     start = trained_parameters(model)
     experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
-    check_epochs(experts, args)
+    check_epochs(experts, args.max_start_epoch, args.expert_epochs)
 
     # The real pairs, and the synthetic ones.
     real, real_embed = training_pairs(args, splits["train"], text_encoder)
@@ -189,38 +188,6 @@ def check_run_folder(run: Path, resume: bool) -> None:
 def check_progress(run: Path, done: int, iterations: int) -> None:
     if done > iterations:
         raise InputError(f"{run} has {done} iterations already, --Iteration is {iterations}; give {done} or more")
-
-
-def check_epochs(experts, args) -> None:
-    """Raises InputError if an expert lacks a snapshot that matching reads."""
-    last = args.max_start_epoch - 1 + args.expert_epochs
-    needed = {*range(args.max_start_epoch), *range(args.expert_epochs, last + 1)}
-    for expert in experts:
-        missing = sorted(needed - set(expert.epochs))
-        if missing:
-            raise InputError(
-                f"{expert.path} lacks the snapshots of epochs {', '.join(map(str, missing))} that --max_start_epoch "
-                f"{args.max_start_epoch} with --expert_epochs {args.expert_epochs} reads (it has "
-                f"{', '.join(map(str, expert.epochs))}); lower one of them, or train experts with --keep_epochs {last}"
-            )
-
-
-def initial_pairs(args, real, real_embed, encoder, device) -> Pairs:
-    """Real pairs of distinct pictures, one random caption each, or noise of the same mean and spread."""
-    generator = torch.Generator().manual_seed(args.seed)
-    size = args.num_queries, 3, args.image_size, args.image_size
-    rows = random_rows(real.row_to_image, args.num_queries, generator)
-    if args.pix_init == "real":
-        images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
-        image_syn = normalize(images, encoder.mean, encoder.std)
-    else:
-        image_syn = torch.randn(size, generator=generator)
-    text_syn = real_embed[rows]
-    if args.txt_init == "noise":
-        text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
-    rates = torch.tensor(args.lr_teacher_img), torch.tensor(args.lr_teacher_txt)
-    image_syn = image_syn.to(device, memory_format=torch.channels_last)
-    return Pairs(image_syn, text_syn.to(device), *(rate.to(device) for rate in rates))
 
 
 def draw_iteration(experts, iteration: int, args):

@@ -13,6 +13,7 @@ from pathlib import Path
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli
+from utils.demo_settings import DEMO_DEFAULTS
 from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
 from utils.retrieval import evaluate_retrieval
 from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
@@ -74,7 +75,7 @@ def settings_of_first_set(args) -> dict:
     settings = load_set(args.synset[0]).settings
     inherited = {key: settings[key] for key in INHERITED if key in settings}
     if inherited["dataset"] == "demo":
-        inherited = {key: value for key, value in cli.DEMO_DEFAULTS.items() if key in vars(args)} | inherited
+        inherited = {key: value for key, value in DEMO_DEFAULTS.items() if key in vars(args)} | inherited
     return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
 
 
@@ -150,7 +151,7 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
             "give one for each, 'none' for published weights"
         )
     by_encoder = {}
-    known = [synset.settings for synset in synsets] + ([cli.DEMO_DEFAULTS] if args.dataset == "demo" else [])
+    known = [synset.settings for synset in synsets] + ([DEMO_DEFAULTS] if args.dataset == "demo" else [])
     for i, name in enumerate(names):
         made_with = next((settings for settings in known if settings["image_encoder"] == name), {})
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}

@@ -9,13 +9,15 @@ from data.augment import Augment, cached_side
 from data.demo import make_demo
 from data.errors import InputError
 from data.image_cache import cache_images
-from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_retrieval_set
+from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_images, load_retrieval_set
 from data.text_cache import embed_captions
-from data.transforms import train_transform
+from data.transforms import normalize, train_transform
 from networks.clip_model import CLIPModel, ModelFactory, count_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
+from utils.coresets import random_rows
+from utils.matching import Pairs
 
 
 def find_device(args) -> torch.device:
@@ -111,3 +113,21 @@ def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
         )
     print(line)
     return {**counts, "lora_base": factory.base}
+
+
+def initial_pairs(args, real, real_embed, encoder, device) -> Pairs:
+    """Real pairs of distinct pictures, one random caption each, or noise of the same mean and spread."""
+    generator = torch.Generator().manual_seed(args.seed)
+    size = args.num_queries, 3, args.image_size, args.image_size
+    rows = random_rows(real.row_to_image, args.num_queries, generator)
+    if args.pix_init == "real":
+        images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
+        image_syn = normalize(images, encoder.mean, encoder.std)
+    else:
+        image_syn = torch.randn(size, generator=generator)
+    text_syn = real_embed[rows]
+    if args.txt_init == "noise":
+        text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
+    rates = torch.tensor(args.lr_teacher_img), torch.tensor(args.lr_teacher_txt)
+    image_syn = image_syn.to(device, memory_format=torch.channels_last)
+    return Pairs(image_syn, text_syn.to(device), *(rate.to(device) for rate in rates))

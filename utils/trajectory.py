@@ -164,6 +164,20 @@ def find_trajectories(
     raise InputError(f"no expert found in --buffer_path (tried {tried}); run buffer.py with the same encoders first")
 
 
+def check_epochs(experts, max_start_epoch: int, expert_epochs: int) -> None:
+    """Raises InputError if an expert lacks a snapshot that matching reads."""
+    last = max_start_epoch - 1 + expert_epochs
+    needed = {*range(max_start_epoch), *range(expert_epochs, last + 1)}
+    for expert in experts:
+        missing = sorted(needed - set(expert.epochs))
+        if missing:
+            raise InputError(
+                f"{expert.path} lacks the snapshots of epochs {', '.join(map(str, missing))} that --max_start_epoch "
+                f"{max_start_epoch} with --expert_epochs {expert_epochs} reads (it has "
+                f"{', '.join(map(str, expert.epochs))}); lower one of them, or train experts with --keep_epochs {last}"
+            )
+
+
 def stored_lora(buffer_path: str | Path, settings: dict) -> dict:
     """How the experts that a run with `settings` would follow were adapted; empty if all their weights trained.
 
