@@ -5,8 +5,8 @@ of one thing by shape, colour, size, background and pattern. It sees no caption 
 """
 
 import argparse
-import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIZES, draw_scene, paint_scene
 from data.transforms import normalize
 from networks.image_encoder import build_image_encoder
+from utils import cli
 
 CHECKPOINT = Path(__file__).with_name("demo_nfnet.safetensors")
 CLASSES = tuple(list(names) for names in (SHAPES, COLOURS, SIZES, BACKGROUNDS, PATTERNS))
@@ -39,17 +40,19 @@ def draw_batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="networks.demo_pretrain", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--image_encoder", default="test_nfnet", help="any timm model")
-    parser.add_argument("--image_kwargs", type=json.loads, default={}, help="arguments of timm.create_model, JSON")
-    parser.add_argument("--steps", type=int, default=600, help="batches of 64 pictures")
+    timm_arguments = {"nargs": "+", "type": cli.key_value, "metavar": "KEY=VALUE", "default": []}
+    parser.add_argument("--image_kwargs", **timm_arguments, help="arguments of timm.create_model")
+    parser.add_argument("--steps", type=cli.count, default=600, help="batches of 64 pictures")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="safetensors file to write")
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+@cli.one_line_errors
+def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(SEED)
     rng = random.Random(f"demo pretraining {SEED}")
-    encoder = build_image_encoder(args.image_encoder, IMAGE_SIZE, pretrained=False, kwargs=args.image_kwargs)
+    encoder = build_image_encoder(args.image_encoder, IMAGE_SIZE, pretrained=False, kwargs=dict(args.image_kwargs))
     encoder = encoder.train().to(memory_format=torch.channels_last)
     head = torch.nn.Linear(encoder.width, sum(map(len, CLASSES)))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.01)
@@ -71,4 +74,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
