@@ -15,11 +15,13 @@ from data.errors import InputError
 from data.pairs import pair_loader
 from networks.clip_model import trained_parameters
 from utils import cli
+from utils.experts import SNAPSHOT_TYPES, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.log import Log
-from utils.retrieval import evaluate_retrieval
+from utils.scoring import device_batches, evaluate_retrieval, train_epochs
 from utils.setup import (
     describe_training,
+    expert_recipe,
     find_device,
     find_split,
     make_factory,
@@ -28,9 +30,6 @@ from utils.setup import (
     training_pairs,
     use_image_cache,
 )
-from utils.snapshots import TYPES
-from utils.training import device_batches, make_optimizer, train_epoch
-from utils.trajectory import Trajectory, buffer_folder, expert_path, save_trajectory
 
 # Experts in one folder come from one training recipe.
 RECIPE = (
@@ -56,7 +55,7 @@ def parse_args(argv=None):
     )
     add(
         "--snapshot_type",
-        choices=TYPES,
+        choices=SNAPSHOT_TYPES,
         default="fp16",
         help="later snapshots as fp16 differences to the first, or whole in fp32",
     )
@@ -164,23 +163,21 @@ def train_expert(model, loader, text_embed, augment, validation, n, args, log, s
 
     Raises InputError if the loss is not finite, or as soon as `saver` could not write the expert before.
     """
-    optimizer = make_optimizer(model, args.lr_teacher_img, args.lr_teacher_txt, args.mom, args.l2)
-    gamma = 0.1 if args.decay else 1.0
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(args.train_epochs + 1) // 2, gamma=gamma)
     device, kept = find_device(args), set(kept_epochs(args))
+
+    def batches(epoch):
+        bar = tqdm(loader, desc=f"expert {n} epoch {epoch}/{args.train_epochs}", leave=False, disable=None)
+        return device_batches(bar, text_embed, model.image_encoder, device, augment)
+
     snapshots, recalls = {0: snapshot(model)}, []
-    for epoch in range(args.train_epochs):
-        bar = tqdm(loader, desc=f"expert {n} epoch {epoch + 1}/{args.train_epochs}", leave=False, disable=None)
-        batches = device_batches(bar, text_embed, model.image_encoder, device, augment)
-        loss, accuracy = train_epoch(model, batches, optimizer, args.temperature)
-        schedule.step()
-        if epoch + 1 in kept:
-            snapshots[epoch + 1] = snapshot(model)
+    for epoch, (loss, accuracy) in train_epochs(model, batches, args.temperature, **expert_recipe(args)):
+        if epoch in kept:
+            snapshots[epoch] = snapshot(model)
         recall = evaluate_retrieval(model, *validation, args.batch_size_test, device)
         recalls.append(recall)
-        log({"train_loss": loss, "train_acc": accuracy, **recall}, step=n * args.train_epochs + epoch)
+        log({"train_loss": loss, "train_acc": accuracy, **recall}, step=n * args.train_epochs + epoch - 1)
         print(
-            f"expert {n} epoch {epoch + 1}/{args.train_epochs}: loss {loss:.3f}, validation "
+            f"expert {n} epoch {epoch}/{args.train_epochs}: loss {loss:.3f}, validation "
             f"TR@1 {recall['txt_r1']:.1f} IR@1 {recall['img_r1']:.1f} mean {recall['r_mean']:.1f}"
         )
         saver.check()

@@ -14,11 +14,20 @@ from data.errors import InputError
 from data.pairs import load_images, pair_loader
 from data.transforms import normalize
 from utils import cli
-from utils.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
-from utils.features import embed_images, pair_features
-from utils.setup import find_device, find_split, make_factory, make_text_encoder, training_pairs
+from utils.scoring import (
+    ForgettingCounter,
+    check_num_queries,
+    device_batches,
+    embed_images,
+    herding,
+    highest,
+    kcenter,
+    pair_features,
+    random_rows,
+    train_epochs,
+)
+from utils.setup import expert_recipe, find_device, find_split, make_factory, make_text_encoder, training_pairs
 from utils.synset import SynSet, picture_grid, save_synset
-from utils.training import device_batches, make_optimizer, train_epoch
 
 METHODS = ("random", "herding", "kcenter", "forgetting")
 
@@ -117,17 +126,16 @@ def count_forgetting(real, real_embed, factory, args, device):
     torch.manual_seed(args.seed)
     loader = pair_loader(real, args.batch_size_train, args.seed, args.num_workers)
     model = factory.fresh(args.seed)
-    optimizer = make_optimizer(model, args.lr_teacher_img, args.lr_teacher_txt, args.mom, args.l2)
-    gamma = 0.1 if args.decay else 1.0
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(args.train_epochs + 1) // 2, gamma=gamma)
     counter = ForgettingCounter(real.row_to_image)
-    for epoch in range(args.train_epochs):
-        batches = device_batches(counter.watch(loader), real_embed, model.image_encoder, device)
-        loss, _ = train_epoch(model, batches, optimizer, args.temperature, counter.count_batch)
-        schedule.step()
+
+    def batches(epoch):
+        return device_batches(counter.watch(loader), real_embed, model.image_encoder, device)
+
+    recipe = expert_recipe(args)
+    for epoch, (loss, _) in train_epochs(model, batches, args.temperature, **recipe, on_batch=counter.count_batch):
         shares = [100 * flags.float().mean().item() for flags in (counter.was_matched, counter.learned)]
         print(
-            f"epoch {epoch + 1}/{args.train_epochs}: loss {loss:.3f}, {shares[0]:.1f} % of the pairs matched, "
+            f"epoch {epoch}/{args.train_epochs}: loss {loss:.3f}, {shares[0]:.1f} % of the pairs matched, "
             f"{shares[1]:.1f} % at least once, {counter.forgotten.sum()} forgetting events"
         )
     return counter.scores()

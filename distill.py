@@ -15,14 +15,32 @@ from tqdm import tqdm
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli
-from utils.coresets import check_num_queries
-from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
-from utils.learner import PairLearner
+from utils.experts import check_epochs, find_trajectories, stored_lora
 from utils.log import Log
-from utils.matching import Pairs, draw_batches, matching_gradient
-from utils.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chunk_advice
-from utils.prefetch import Prefetch, prepare, to_device
-from utils.retrieval import nearest_captions
+from utils.matching import (
+    OutOfMemory,
+    PairLearner,
+    Pairs,
+    Prefetch,
+    StudentLoss,
+    draw_batches,
+    fit_pair_chunk,
+    guarded,
+    matching_gradient,
+    pair_chunk_advice,
+    prepare,
+    to_device,
+)
+from utils.scoring import (
+    TEST_SEED,
+    VALIDATION_SEED,
+    NonFiniteLoss,
+    check_num_queries,
+    evaluate_synset,
+    mean_and_std,
+    nearest_captions,
+    recall_table,
+)
 from utils.setup import (
     describe_training,
     find_device,
@@ -33,10 +51,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
-from utils.student import StudentLoss
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
-from utils.training import NonFiniteLoss
-from utils.trajectory import check_epochs, find_trajectories, stored_lora
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {

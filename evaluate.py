@@ -14,11 +14,17 @@ from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli
 from utils.demo_settings import DEMO_DEFAULTS
-from utils.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
-from utils.retrieval import evaluate_retrieval
+from utils.experts import LORA, find_trajectories
+from utils.scoring import (
+    TEST_SEED,
+    VALIDATION_SEED,
+    evaluate_retrieval,
+    evaluate_synset,
+    mean_and_std,
+    recall_table,
+)
 from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
 from utils.synset import SynSet, load_synset
-from utils.trajectory import LORA, find_trajectories
 
 # Settings of the first set that are this run's defaults.
 INHERITED = (

@@ -31,7 +31,7 @@ from data.transforms import normalize, train_transform
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
 from networks.loss import contrastive_loss
-from utils.training import make_optimizer
+from utils.scoring.training import make_optimizer
 
 PARTS = ("data", "captions", "forward", "backward", "optimizer")
 

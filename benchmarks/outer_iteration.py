@@ -19,8 +19,8 @@ from benchmarks.measure import alternate, describe_machine, table
 from benchmarks.outer_gradient import Problem
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
-from utils.prefetch import Prefetch, prepare, to_device
-from utils.trajectory import Trajectory, save_trajectory
+from utils.experts.trajectory import Trajectory, save_trajectory
+from utils.matching.prefetch import Prefetch, prepare, to_device
 
 
 class Iterations:

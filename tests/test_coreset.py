@@ -11,15 +11,15 @@ import buffer
 import coreset
 import distill
 import evaluate
-import utils.features
+import utils.scoring.features as features_module
 from data.annotations import clean_caption
 from data.errors import InputError
 from networks.image_encoder import build_image_encoder
-from utils.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
-from utils.features import embed_images, pair_features
 from utils.files import save_tensors
+from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
+from utils.scoring.features import embed_images, pair_features
+from utils.scoring.training import make_optimizer, train_epoch
 from utils.synset import load_synset, save_synset
-from utils.training import make_optimizer, train_epoch
 
 QUICK = ["--num_queries", "5", "--train_epochs", "2", "--batch_size_train", "40", "--lr_teacher_img", "0.01"]
 
@@ -205,9 +205,9 @@ def test_features_of_pairs():
 def test_image_features_are_cached_by_weights_and_files(tiny_data, tmp_path, monkeypatch, capsys):
     paths = sorted(tiny_data.glob("demo-images/val_*.png"))
     loads = []
-    load_images = utils.features.load_images
-    monkeypatch.setattr(utils.features, "load_images", lambda p, size: loads.append(len(p)) or load_images(p, size))
-    monkeypatch.setattr(utils.features, "BLOCK", 3)
+    load_images = features_module.load_images
+    monkeypatch.setattr(features_module, "load_images", lambda p, size: loads.append(len(p)) or load_images(p, size))
+    monkeypatch.setattr(features_module, "BLOCK", 3)
     encoder = build_image_encoder("test_nfnet", 32, pretrained=False)
 
     def embed(files=paths, size=32, folder=tmp_path / "cache"):

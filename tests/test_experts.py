@@ -14,8 +14,8 @@ from benchmarks.expert_bytes import matching_change
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
+from utils.experts.trajectory import Trajectory, expert_path, save_trajectory
 from utils.files import BackgroundSaver
-from utils.trajectory import Trajectory, expert_path, save_trajectory
 
 QUICK = ["--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from utils import files
+from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 from utils.files import open_tensors, save_tensors
 from utils.synset import SynSet, load_synset, picture_grid, save_synset
-from utils.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 
 SETTINGS = {
     **{"dataset": "tiny", "image_encoder": "test_vit", "text_encoder": "a/b", "text_pooling": "cls"},

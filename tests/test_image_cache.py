@@ -16,7 +16,7 @@ from data.augment import Augment, cached_side
 from data.errors import InputError
 from data.image_cache import cache_images
 from data.pairs import load_images
-from utils.trajectory import Trajectory, expert_path
+from utils.experts.trajectory import Trajectory, expert_path
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
-from utils.matching import Pairs, matching_gradient
-from utils.student import StudentLoss
-from utils.trajectory import Trajectory, find_trajectories
+from utils.experts.trajectory import Trajectory, find_trajectories
+from utils.matching import Pairs, StudentLoss, matching_gradient
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),

@@ -6,8 +6,7 @@ import torch
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
-from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss
-from utils.student import StudentLoss
+from utils.matching import Pairs, StudentLoss, draw_batches, matching_gradient, matching_loss
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3

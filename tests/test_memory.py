@@ -7,8 +7,8 @@ import torch
 
 import distill
 from data.errors import InputError
-from utils.memory import OutOfMemory, guarded, pair_chunk_advice, plan_pair_chunk
-from utils.prefetch import Prefetch
+from utils.matching.memory import OutOfMemory, guarded, pair_chunk_advice, plan_pair_chunk
+from utils.matching.prefetch import Prefetch
 
 # ---- the chunk that fits
 
@@ -121,7 +121,7 @@ def test_an_expert_that_vanishes_is_one_line(run_distill, tmp_path, capsys, monk
         return snapshot(*args)
 
     snapshot = distill.find_trajectories.__globals__["Trajectory"].snapshot
-    monkeypatch.setattr("utils.trajectory.Trajectory.snapshot", vanish)
+    monkeypatch.setattr("utils.experts.trajectory.Trajectory.snapshot", vanish)
     assert run_distill(tmp_path, "--Iteration", 4) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: expert ") and "can no longer be read (Input/output error)" in last

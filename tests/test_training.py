@@ -13,13 +13,14 @@ from data.pairs import RetrievalSet
 from data.transforms import denormalize, normalize
 from networks.clip_model import ModelFactory
 from networks.loss import contrastive_loss
-from utils import files, training
-from utils.evaluation import evaluate_synset, fit_images, mean_and_std, recall_table
-from utils.learner import MIN_RATE, PairLearner
+from utils import files
 from utils.matching import Pairs
-from utils.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
+from utils.matching.learner import MIN_RATE, PairLearner
+from utils.scoring import training
+from utils.scoring.evaluation import evaluate_synset, fit_images, mean_and_std, recall_table
+from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
+from utils.scoring.training import make_optimizer, train_epoch, train_on_pairs
 from utils.synset import SynSet
-from utils.training import make_optimizer, train_epoch, train_on_pairs
 
 TEXT_DIM, WIDTH, SIZE = 5, 4, 3
 
@@ -157,7 +158,7 @@ def record_rates(monkeypatch):
     """Makes each epoch note its rates instead of training."""
     seen = []
 
-    def note(model, batches, optimizer, temperature):
+    def note(model, batches, optimizer, temperature, on_batch):
         seen.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()  # without gradients; the schedule asks for it
         return 0.0, 0.0

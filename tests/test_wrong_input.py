@@ -7,8 +7,8 @@ import coreset
 import distill
 import evaluate
 from utils.files import open_tensors, save_tensors
+from utils.scoring.training import NonFiniteLoss
 from utils.synset import load_synset, save_synset
-from utils.training import NonFiniteLoss
 
 QUICK_BUFFER = ["--num_experts", "1", "--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01"]
 QUICK_DISTILL = [

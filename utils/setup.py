@@ -16,8 +16,8 @@ from networks.clip_model import CLIPModel, ModelFactory, count_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
-from utils.coresets import random_rows
-from utils.matching import Pairs
+from utils.matching.pairs import Pairs
+from utils.scoring.coresets import random_rows
 
 
 def find_device(args) -> torch.device:
@@ -99,6 +99,14 @@ def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFacto
 
 def lora_of(args) -> Lora | None:
     return None if args.lora_rank is None else Lora(args.lora_rank, args.lora_alpha, args.lora_layers, args.lora_train)
+
+
+def expert_recipe(args) -> dict:
+    """How an expert is trained: the keyword arguments of `train_epochs`."""
+    return {
+        **{"epochs": args.train_epochs, "lr_img": args.lr_teacher_img, "lr_txt": args.lr_teacher_txt},
+        **{"momentum": args.mom, "weight_decay": args.l2, "decay": args.decay},
+    }
 
 
 def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from data.errors import InputError
 from utils.files import open_tensors, save_tensors
-from utils.matching import Pairs
+from utils.matching.pairs import Pairs
 
 KIND = "distillation state"
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")

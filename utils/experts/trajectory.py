@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
+from utils.experts.snapshots import open_start, pack_snapshots, save_start, unpack
 from utils.files import open_tensors, save_tensors
-from utils.snapshots import open_start, pack_snapshots, save_start, unpack
 
 KIND = "expert trajectory"
 MUST_AGREE = ("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable")
@@ -44,7 +44,7 @@ def save_trajectory(
         settings: of the run that trained it, JSON-able.
         recalls: validation recalls after each epoch.
         epochs: of the snapshots, 0 first; 0, 1, 2 … if not given.
-        snapshot_type: "fp32" stores values, "fp16" differences to θ*_0, see `utils.snapshots`.
+        snapshot_type: "fp32" stores values, "fp16" differences to θ*_0, see `utils.experts.snapshots`.
         shares_start: the image tower of θ*_0 goes to a file that the folder's experts have in common.
 
     Raises:

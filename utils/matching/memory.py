@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 
 from data.errors import InputError
-from utils.matching import Pairs, matching_gradient
+from utils.matching.pairs import Pairs
+from utils.matching.sweep import matching_gradient
 
 SHARE = 0.85  # of the free memory is planned with; convolutions choose other workspaces for other sizes
 

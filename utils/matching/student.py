@@ -1,6 +1,6 @@
 """The student: its loss, and the gradient of one of its steps and back through it, whole or in chunks of pairs.
 
-Notation as in utils/matching.py; besides U the image features, J = ∂U/∂θ of the image tower.
+Notation as in utils/matching/sweep.py; besides U the image features, J = ∂U/∂θ of the image tower.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Training a model: one epoch over batches of pairs, and a whole model on a set of synthetic pairs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -74,6 +74,34 @@ def train_epoch(
     return mean_loss, 100 * torch.stack(correct).sum().item() / seen
 
 
+def train_epochs(
+    model,
+    batches: Callable[[int], Iterable],
+    temperature: float,
+    epochs: int,
+    lr_img: float,
+    lr_txt: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay: bool = False,
+    on_batch: Callable | None = None,
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Trains with SGD, epoch after epoch; yields the epoch's number, from 1, and what `train_epoch` returned.
+
+    Args:
+        batches: the epoch's number -> its batches, as `train_epoch` takes them.
+        lr_img, lr_txt: rates of the two towers.
+        decay: both rates × 0.1 after half the epochs.
+    """
+    optimizer = make_optimizer(model, lr_img, lr_txt, momentum, weight_decay)
+    gamma = 0.1 if decay else 1.0
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(epochs + 1) // 2, gamma=gamma)
+    for epoch in range(1, epochs + 1):
+        result = train_epoch(model, batches(epoch), optimizer, temperature, on_batch)
+        schedule.step()
+        yield epoch, result
+
+
 def train_on_pairs(
     model,
     images,
@@ -93,14 +121,14 @@ def train_on_pairs(
     Args:
         images: [M, 3, H, W], normalised. text_embed: [M, D_text].
     """
-    optimizer = make_optimizer(model, lr_img, lr_txt, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(epochs + 1) // 2, gamma=0.1)
     order = torch.Generator().manual_seed(seed)
-    loss = float("nan")
+
+    def batches(epoch):
+        indices = torch.randperm(len(images), generator=order).to(images.device).split(batch_size)
+        return ((images[i], text_embed[i]) for i in indices)
+
+    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _ in range(epochs):
-            indices = torch.randperm(len(images), generator=order).to(images.device).split(batch_size)
-            loss, _ = train_epoch(model, ((images[i], text_embed[i]) for i in indices), optimizer, temperature)
-            schedule.step()
-    return loss
+        results = list(train_epochs(model, batches, temperature, epochs, lr_img, lr_txt, **recipe))
+    return results[-1][1][0]

@@ -5,9 +5,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from utils.retrieval import RECALLS, evaluate_retrieval
+from utils.scoring.retrieval import RECALLS, evaluate_retrieval
+from utils.scoring.training import train_on_pairs
 from utils.synset import SynSet
-from utils.training import train_on_pairs
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000

@@ -1,0 +1,13 @@
+"""Experts: how one is trained, and its trajectory on disk, one file of snapshots per expert."""
+
+from utils.experts.snapshots import TYPES as SNAPSHOT_TYPES
+from utils.experts.trajectory import (
+    LORA,
+    Trajectory,
+    buffer_folder,
+    check_epochs,
+    expert_path,
+    find_trajectories,
+    save_trajectory,
+    stored_lora,
+)
