@@ -23,11 +23,10 @@ from benchmarks.measure import (
     table,
 )
 from networks.activations import SiLU
-from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
+from networks.clip_model import IMAGE_TOWER, CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
 from utils.matching import Pairs, StudentLoss, matching_gradient
-from utils.matching.student import IMAGE_TOWER
 
 HEAD = (
     *("T", "M", "way", "s", "peak GB", "without θ_t", "relative error", "cosine", "error to float64"),

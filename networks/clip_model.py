@@ -1,4 +1,4 @@
-"""The student and expert network: an image encoder and a projection of frozen text embeddings."""
+"""The student and expert network: an image encoder, with a projection if wanted, and a projection of texts."""
 
 import torch
 import torch.nn.functional as F
@@ -8,54 +8,67 @@ from data.errors import InputError
 from networks.image_encoder import ImageEncoder
 from networks.lora import Lora, add_lora, base_digest, reset_lora
 
+IMAGE_TOWER = ("image_encoder.", "image_projection.")  # beginnings of its parameters' names
 BASE_SEED = 0  # of encoders without weights to load; what adapters of several experts share must not vary
 
 
 class ProjectionHead(nn.Module):
-    """Maps a frozen text embedding [B, D_text] to image feature space [B, D_img].
+    """Maps an encoder's output [B, D_in] to the space that both towers share [B, D].
 
     Linear, GELU, Linear, dropout, residual from the first linear's output, layer norm
     (Wu et al., TMLR 2024, and the authors' released code).
     """
 
-    def __init__(self, text_dim: int, width: int, dropout: float = 0.1):
+    def __init__(self, in_dim: int, width: int, dropout: float = 0.1):
         super().__init__()
-        self.projection = nn.Linear(text_dim, width)
+        self.projection = nn.Linear(in_dim, width)
         self.gelu = nn.GELU()
         self.fc = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, text_embed):  # [B, D_text]
-        projected = self.projection(text_embed)
+    def forward(self, embed):  # [B, D_in]
+        projected = self.projection(embed)
         hidden = self.dropout(self.fc(self.gelu(projected)))
-        return self.layer_norm(hidden + projected)  # [B, D_img]
+        return self.layer_norm(hidden + projected)  # [B, D]
 
 
 class CLIPModel(nn.Module):
     """Two towers with L2-normalised features.
 
-    The image tower's parameters are named `image_encoder.*`, the text tower's `text_projection.*`;
-    the frozen text encoder is not part of the model, its output is the input `text_embed`.
+    The image tower's parameters are named `image_encoder.*` and `image_projection.*`, the text tower's
+    `text_projection.*`; the frozen text encoder is not part of the model, its output is the input `text_embed`.
     With `bf16` the towers compute in bfloat16 where that is safe; parameters and features keep their type.
     """
 
-    def __init__(self, image_encoder: ImageEncoder, text_projection: ProjectionHead, bf16: bool = False):
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_projection: ProjectionHead,
+        bf16: bool = False,
+        image_projection: ProjectionHead | None = None,
+    ):
         super().__init__()
         self.image_encoder = image_encoder
+        self.image_projection = nn.Identity() if image_projection is None else image_projection
         self.text_projection = text_projection
         self.bf16 = bf16
 
-    def encode_image(self, images):  # [B, 3, H, W] -> [B, D]
-        return self._features(self.image_encoder, images)
+    def embed_images(self, images):
+        """The image encoder's output [B, D_enc] for pictures [B, 3, H, W], before the projection."""
+        return self._compute(self.image_encoder, images)
+
+    def encode_image(self, images):
+        """Features [B, D] of pictures [B, 3, H, W], or of what `embed_images` gave for them [B, D_enc]."""
+        image_embed = self.embed_images(images) if images.ndim == 4 else images
+        return F.normalize(self._compute(self.image_projection, image_embed), dim=-1)
 
     def encode_text(self, text_embed):  # [B, D_text] -> [B, D]
-        return self._features(self.text_projection, text_embed)
+        return F.normalize(self._compute(self.text_projection, text_embed), dim=-1)
 
-    def _features(self, tower, inputs):
+    def _compute(self, module, inputs):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
-            features = tower(inputs)
-        return F.normalize(features.to(inputs.dtype), dim=-1)
+            return module(inputs).to(inputs.dtype)
 
     def forward(self, images=None, text_embed=None):
         """Features of what is given; None for what is not."""
@@ -71,7 +84,7 @@ def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
 def count_parameters(model: CLIPModel) -> dict[str, int | float]:
     """Numbers of trained and of full (without adapters) parameters, reduction in per cent; both towers, and image."""
     counts = {}
-    for tower, prefix in (("", ""), ("image_", "image_encoder.")):
+    for tower, prefix in (("", ""), ("image_", IMAGE_TOWER)):
         named = [(name, p) for name, p in model.named_parameters() if name.startswith(prefix)]
         trained = sum(p.numel() for _, p in named if p.requires_grad)
         full = sum(p.numel() for name, p in named if ".parametrizations.weight.0." not in name)
@@ -83,21 +96,22 @@ def count_parameters(model: CLIPModel) -> dict[str, int | float]:
 class ModelFactory:
     """Gives fresh models one after another without building or reading an encoder again.
 
-    With pretrained weights every model starts at them and only the text projection is drawn anew;
-    without, the image encoder is drawn anew too. With `lora` the frozen weights are always the same ones (drawn
-    from a fixed seed if there are none to load) and the adapters are drawn anew.
+    With pretrained weights every model starts at them and only the projections are drawn anew;
+    without, the image encoder is drawn anew too. Frozen weights, all of them or those under adapters (`lora`), are
+    always the same ones, drawn from a fixed seed if there are none to load; adapters are drawn anew.
 
     Args:
         build_encoder: function without arguments that returns an `ImageEncoder`.
         starts_pretrained: whether `build_encoder` always returns the same weights.
         text_dim: width of the text embeddings.
-        image_trainable: whether the image tower trains.
+        image_trainable: whether the image encoder trains.
         device: where the models live.
         lora: how the image encoder is adapted; None trains its own weights.
         bf16: whether the models compute in bfloat16.
+        image_projection: whether the image tower has a projection, which trains in any case.
 
     Attributes:
-        base: digest of the weights under the adapters, None without `lora`.
+        base: digest of the frozen weights, None where the image encoder trains whole.
 
     Raises:
         InputError: `lora` does not fit the encoder, or the image tower shall not train.
@@ -112,27 +126,29 @@ class ModelFactory:
         device="cpu",
         lora: Lora | None = None,
         bf16: bool = False,
+        image_projection: bool = False,
     ):
         if lora and not image_trainable:
             raise InputError("adapters train the image encoder; give either --lora_rank or --image_trainable False")
         self.build_encoder = build_encoder
-        self.starts_pretrained = starts_pretrained or lora is not None
+        self.starts_pretrained = starts_pretrained or lora is not None or not image_trainable
         self.text_dim = text_dim
         self.image_trainable = image_trainable
         self.device = torch.device(device)
-        self.lora, self.bf16 = lora, bf16
+        self.lora, self.bf16, self.image_projection = lora, bf16, image_projection
         with torch.random.fork_rng():
             torch.manual_seed(BASE_SEED)
             self.encoder = self._build()
-        self.base = base_digest(self.encoder) if lora else None
+        self.base = base_digest(self.encoder) if lora or not image_trainable else None
         self.start = {name: value.clone() for name, value in self.encoder.state_dict().items()}
 
     @property
     def trains(self) -> str:
         """What trains in the image tower, for tables."""
         if not self.image_trainable:
-            return "text projection alone"
-        return str(self.lora) if self.lora else "whole image encoder"
+            return "projections alone" if self.image_projection else "text projection alone"
+        encoder = str(self.lora) if self.lora else "whole image encoder"
+        return f"{encoder} and image projection" if self.image_projection else encoder
 
     def _build(self) -> ImageEncoder:
         encoder = self.build_encoder().requires_grad_(self.image_trainable)
@@ -149,6 +165,8 @@ class ModelFactory:
                 reset_lora(self.encoder)
             else:
                 self.encoder = self._build()
-            projection = ProjectionHead(self.text_dim, self.encoder.width)
-        model = CLIPModel(self.encoder, projection, self.bf16).to(self.device, memory_format=torch.channels_last)
-        return model.train()
+            width = self.encoder.width
+            of_text = ProjectionHead(self.text_dim, width)
+            of_images = ProjectionHead(width, width) if self.image_projection else None
+        model = CLIPModel(self.encoder, of_text, self.bf16, of_images)
+        return model.to(self.device, memory_format=torch.channels_last).train()

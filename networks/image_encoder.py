@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         replace_activations(model)
 
     def train(self, mode: bool = True):
-        super().train(mode)
+        super().train(mode and any(p.requires_grad for p in self.parameters()))  # frozen: one output for one input
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

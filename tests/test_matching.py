@@ -22,23 +22,30 @@ def loss_in_chunks(loss_fn, params, images, text_embed, seed, pair_chunk):
     return loss_fn.of_features(params, torch.cat(features), text_embed)
 
 
-def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None):
-    """The oracle: every step's graph is kept. Returns the matching loss, a function of pairs' tensors."""
+def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, momentum=0.0, adjoint_decay=1.0):
+    """The oracle: every step's graph is kept. Returns the matching loss, a function of pairs' tensors.
+
+    A loss of γ θ + (1 − γ) θ held fixed has the same gradient, and γ times its derivative.
+    """
     image_syn, text_syn, lr_img, lr_txt = pairs.tensors()
     params = {name: value.detach().requires_grad_() for name, value in start.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in start.items()}
     for step, batch in enumerate(batches):
+        theta = params
+        params = {n: adjoint_decay * value + (1 - adjoint_decay) * value.detach() for n, value in theta.items()}
         torch.manual_seed(seed + step)
         if pair_chunk is None or pair_chunk >= len(batch):
             loss = loss_fn(params, image_syn[batch], text_syn[batch])
         else:
             loss = loss_in_chunks(loss_fn, params, image_syn[batch], text_syn[batch], seed + step, pair_chunk)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        velocity = {n: momentum * v + grad for (n, v), grad in zip(velocity.items(), grads, strict=True)}
         params = {
-            name: value - (lr_img if name.startswith("image_encoder.") else lr_txt) * grad
-            for (name, value), grad in zip(params.items(), grads, strict=True)
+            name: value - (lr_img if name.startswith("image_") else lr_txt) * velocity[name]
+            for name, value in theta.items()
         }
     total = 0
-    for tower in ("image_encoder.", "text_projection."):
+    for tower in ("image_", "text_"):
         names = [name for name in start if name.startswith(tower)]
         if names:
             distance = sum((params[n] - target[n]).pow(2).sum() for n in names)
@@ -46,11 +53,11 @@ def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None):
     return total
 
 
-def unroll_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk=None):
+def unroll_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, **student):
     """A rate that no parameter learns with has no gradient: 0."""
     with torch.random.fork_rng():
         leaves = Pairs(*(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors()))
-        loss = unroll(loss_fn, start, target, leaves, batches, seed, pair_chunk)
+        loss = unroll(loss_fn, start, target, leaves, batches, seed, pair_chunk, **student)
         gradient = torch.autograd.grad(loss, leaves.tensors(), allow_unused=True, materialize_grads=True)
         return loss.detach(), Pairs(*gradient)
 
@@ -63,17 +70,19 @@ def relative_error(value, expected):
 class Problem:
     """A student in float64 with everything `matching_gradient` takes."""
 
-    def __init__(self, encoder, dropout=0.1, freeze=None, lora=None, **kwargs):
+    def __init__(self, encoder, dropout=0.1, freeze=None, lora=None, image_projection=False, **kwargs):
         generator = torch.Generator().manual_seed(1)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             image_encoder = build_image_encoder(encoder, 32, pretrained=False, kwargs=kwargs)
-            self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, image_encoder.width, dropout))
+            width = image_encoder.width
+            of_images = ProjectionHead(width, width, dropout) if image_projection else None
+            self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, width, dropout), image_projection=of_images)
             if lora:
                 add_lora(image_encoder, lora)
-        self.model.double().train()
         if freeze:
             getattr(self.model, freeze).requires_grad_(False)
+        self.model.double().train()
         self.loss_fn = StudentLoss(self.model, 0.07)
 
         def normal(shape):
@@ -117,10 +126,10 @@ def test_gradient_equals_the_full_unroll(encoder, steps, request):
 # ---- chunks of pairs
 
 
-def check_chunks(arguments, pair_chunk, expected=None):
+def check_chunks(arguments, pair_chunk, expected=None, **student):
     """Against the unroll whose image tower draws its random numbers in the same chunks."""
-    loss, expected = expected or unroll_gradient(*arguments, pair_chunk)
-    matching = matching_gradient(*arguments, pair_chunk)
+    loss, expected = expected or unroll_gradient(*arguments, pair_chunk, **student)
+    matching = matching_gradient(*arguments, pair_chunk, **student)
     assert relative_error(matching.loss, loss) < 1e-10
     for name in NAMES:
         value, exact = getattr(matching.gradient, name), getattr(expected, name)
@@ -155,6 +164,68 @@ def test_global_random_state_stays_as_it_is_with_chunks(nfnet):
     state = torch.get_rng_state()
     matching_gradient(*nfnet.arguments(2), 1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- momentum, a damped adjoint, an image projection
+
+
+@pytest.mark.parametrize("student", [{"momentum": 0.9}, {"adjoint_decay": 0.6}, {"adjoint_decay": 0.0}])
+@pytest.mark.parametrize("pair_chunk", [None, 2])
+@pytest.mark.parametrize("encoder", ["nfnet", "vit"])
+def test_momentum_and_adjoint_decay(encoder, pair_chunk, student, request):
+    check_chunks(request.getfixturevalue(encoder).arguments(4), pair_chunk, **student)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_momentum_with_a_damped_adjoint(steps, nfnet):
+    check_chunks(nfnet.arguments(steps), None, momentum=0.7, adjoint_decay=0.5)
+
+
+def test_momentum_with_adapters_in_chunks():
+    problem = Problem("test_vit", lora=Lora(2, 4.0, "all", "norm+bias"))
+    check_chunks(problem.arguments(3, batch_size=NUM_PAIRS), 2, momentum=0.9)
+
+
+def test_momentum_takes_the_steps_of_torchs_optimizer():
+    """θ_T of SGD with momentum is where a student with target θ_T has no distance to go."""
+    loss_fn, start, _, pairs, batches, seed = toy_problem(5)
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    groups = [
+        {"params": [leaves["image_encoder.weight"]], "lr": pairs.syn_lr_img.item()},
+        {"params": [leaves["text_projection.weight"]], "lr": pairs.syn_lr_txt.item()},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    with torch.random.fork_rng():
+        for step, batch in enumerate(batches):
+            torch.manual_seed(seed + step)
+            optimizer.zero_grad()
+            loss_fn(leaves, pairs.image_syn[batch], pairs.text_syn[batch]).backward()
+            optimizer.step()
+    target = {name: value.detach() for name, value in leaves.items()}
+    assert matching_gradient(loss_fn, start, target, pairs, batches, seed, momentum=0.9).loss < 1e-20
+
+
+def test_an_image_projection_belongs_to_the_image_tower():
+    problem = Problem("test_vit", image_projection=True)
+    assert any(name.startswith("image_projection.") for name in problem.start)
+    check_chunks(problem.arguments(3), None, momentum=0.9)
+    check_chunks(problem.arguments(3), 2, momentum=0.9)
+
+
+@pytest.mark.parametrize("pair_chunk", [None, 1, 2, 3, NUM_PAIRS + 1])
+@pytest.mark.parametrize("image_projection", [True, False])
+def test_frozen_pictures_are_embedded_once(image_projection, pair_chunk):
+    """Against the unroll with the encoder in every step; one pair is in no batch."""
+    problem = Problem("test_nfnet", freeze="image_encoder", image_projection=image_projection)
+    loss_fn, *arguments, _, seed = problem.arguments(4)
+    batches = draw_batches(NUM_PAIRS - 1, BATCH_SIZE, 4, torch.Generator().manual_seed(3))
+    seen, encoder = [], problem.model.embed_images
+    loss_fn.frozen_encoder = lambda images: seen.append(len(images)) or encoder(images)
+    expected = unroll_gradient(loss_fn, *arguments, batches, seed, momentum=0.9)
+    check_chunks((loss_fn, *arguments, batches, seed), pair_chunk, expected, momentum=0.9)
+    used = NUM_PAIRS - 1
+    again = 0 if pair_chunk is None or pair_chunk >= used else used - (used % pair_chunk or pair_chunk)
+    assert sum(seen) == used + again  # the graph of the last chunk is kept
 
 
 # ---- random numbers and arguments
@@ -268,6 +339,9 @@ def toy_loss(params, images, text_embed):
     return ((image_features - text @ params["text_projection.weight"].T) ** 2).sum(1).exp().mean()
 
 
+toy_loss.frozen_encoder = None
+
+
 def toy_problem(steps):
     generator = torch.Generator().manual_seed(5)
 
@@ -305,6 +379,7 @@ def test_one_step_by_hand():
     def loss_fn(params, images, text_embed):
         return (params["image_encoder.w"] * images.sum() + params["text_projection.w"] * text_embed.sum()).sum()
 
+    loss_fn.frozen_encoder = None
     start = {"image_encoder.w": torch.tensor([1.0]), "text_projection.w": torch.tensor([2.0])}
     target = {"image_encoder.w": torch.tensor([0.0]), "text_projection.w": torch.tensor([4.0])}
     pairs = Pairs(torch.full((1, 3, 1, 1), 1.0), torch.tensor([[2.0]]), torch.tensor(0.1), torch.tensor(0.5))

@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from networks.clip_model import IMAGE_TOWER
 from networks.loss import contrastive_loss
-
-IMAGE_TOWER = "image_encoder."
 
 Parameters = dict[str, Tensor]
 
 
 class StudentLoss:
-    """The contrastive loss of `model` as a function of the parameters that train, in two parts."""
+    """The contrastive loss of `model` as a function of the parameters that train, in two parts.
+
+    Attributes:
+        frozen_encoder: pictures [B, 3, H, W] -> [B, D_enc], the part before all that trains; None if it trains too.
+            What it gives may then stand in the place of pictures everywhere here.
+    """
 
     def __init__(self, model, temperature: float):
         self.model, self.temperature = model, temperature
+        trains = any(p.requires_grad for p in model.image_encoder.parameters())
+        self.frozen_encoder = None if trains else model.embed_images
 
     def encode_image(self, params: Parameters, images: Tensor) -> Tensor:
         """Features [B, D] of images [B, 3, H, W], each a function of its own image alone."""
@@ -44,13 +50,16 @@ class WholeSteps:
         pairs: the synthetic pairs and rates.
         batches: indices of each step's pairs.
         seed: of the random numbers; step t depends on `seed` and t alone.
+        adjoint_decay: γ of `pull_back`.
 
     Attributes:
         grads: ∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt), filled by `pull_back`.
     """
 
-    def __init__(self, loss_fn, names: Sequence[str], pairs, batches: Sequence[Tensor], seed: int):
-        self.loss_fn, self.pairs, self.seed = loss_fn, pairs, seed
+    def __init__(
+        self, loss_fn, names: Sequence[str], pairs, batches: Sequence[Tensor], seed: int, adjoint_decay: float
+    ):
+        self.loss_fn, self.pairs, self.seed, self.adjoint_decay = loss_fn, pairs, seed, adjoint_decay
         self.batches = [batch.to(pairs.image_syn.device) for batch in batches]
         self.is_image = [name.startswith(IMAGE_TOWER) for name in names]
         self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
@@ -65,18 +74,30 @@ class WholeSteps:
             self.kept = grads, leaves
         return loss, [grad.detach() for grad in grads]
 
-    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor]) -> None:
-        """Turns λ_{t+1} into λ_t in place and adds what step t gives to `grads`."""
+    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor], push: list[Tensor]) -> None:
+        """Adds −γ β (∂g_t/∂θ)ᵀ b to λ in place, and what step t gives to `grads`; `push` is b, which may be λ itself.
+
+        λ_0 is asked of nobody: step 0 leaves λ as it is.
+        """
         grads, leaves = self.kept or self._graph(step, params, create_graph=True)[1:]
         self.kept = None
-        for is_image, value, grad in zip(self.is_image, adjoint, grads, strict=True):
+        for is_image, value, grad in zip(self.is_image, push, grads, strict=True):
             self.grads[2 if is_image else 3] -= _inner(value, grad)
-        vectors = torch._foreach_mul(adjoint, self.rates)
+        vectors = torch._foreach_mul(push, self.rates)
         torch._foreach_neg_(vectors)
-        *theta, images, texts = _vector_jacobian(grads, leaves, vectors)
-        torch._foreach_add_(adjoint, theta)
+        params, inputs = leaves[:-2], leaves[-2:]
+        *theta, images, texts = _vector_jacobian(grads, [*self._asked(step, params), *inputs], vectors)
+        self._descend(adjoint, theta)
         self.grads[0].index_add_(0, self.batches[step], images)
         self.grads[1].index_add_(0, self.batches[step], texts)
+
+    def _asked(self, step: int, params: list[Tensor]) -> list[Tensor]:
+        """The parameters that λ_t needs the step's derivative for: all or none."""
+        return params if step > 0 and self.adjoint_decay > 0 else []
+
+    def _descend(self, adjoint: list[Tensor], theta: list[Tensor]) -> None:
+        if theta:
+            torch._foreach_add_(adjoint, theta, alpha=self.adjoint_decay)
 
     def _graph(self, step: int, params: Parameters, create_graph: bool):
         torch.manual_seed(self.seed + step)
@@ -92,11 +113,11 @@ class ChunkedSteps(WholeSteps):
     """Student steps with the graph of only `size` pairs' image tower at a time; the same gradient for every `size`.
 
     Pairs meet in the loss through their features alone, so ℓ, the text tower and ∂ℓ/∂U are computed on all of them,
-    and the image tower chunk by chunk. On the way back, with λ of the image tower as λᵢ and that of the text tower
-    as λₜ, the step's part is the derivative of s = −βᵢ ⟨Jλᵢ, ∂ℓ/∂U⟩ − βₜ ⟨λₜ, ∂ℓ/∂θₜ⟩:
+    and the image tower chunk by chunk. On the way back, with b of the image tower as bᵢ and that of the text tower
+    as bₜ, the step's part is the derivative of s = −βᵢ ⟨Jbᵢ, ∂ℓ/∂U⟩ − βₜ ⟨bₜ, ∂ℓ/∂θₜ⟩:
 
-    1. chunk by chunk, the derivative of Jᵀ(−βᵢ ∂ℓ/∂U) along λᵢ for θ, X, and for its vector, which is Jλᵢ;
-    2. on the features, the derivative of s for θₜ, Y and U, where Jλᵢ is held fixed;
+    1. chunk by chunk, the derivative of Jᵀ(−βᵢ ∂ℓ/∂U) along bᵢ for θ, X, and for its vector, which is Jbᵢ;
+    2. on the features, the derivative of s for θₜ, Y and U, where Jbᵢ is held fixed;
     3. chunk by chunk, what 2. gave for U goes through Jᵀ to θ and X.
 
     The features of the way forth are kept. Random numbers of the text tower depend on `seed` and the step,
@@ -122,47 +143,46 @@ class ChunkedSteps(WholeSteps):
         image_grads, text_grads = iter(image_grads), iter(text_grads)
         return loss, [next(image_grads if is_image else text_grads) for is_image in self.is_image]
 
-    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor]) -> None:
-        image_adjoint, text_adjoint = self._by_tower(adjoint)
-        loss_grads, leaves = self._head_graph(step, params, create_graph=True)[1:]
+    def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor], push: list[Tensor]) -> None:
+        (image_adjoint, text_adjoint), (image_push, text_push) = self._by_tower(adjoint), self._by_tower(push)
+        loss_grads, (*text, text_embed, features) = self._head_graph(step, params, create_graph=True)[1:]
         *text_grads, feature_grad = (grad.detach() for grad in loss_grads)
-        tangents = self._second_order(step, params, image_adjoint, feature_grad)  # Jλᵢ [B, D]
+        tangents, image_change = self._second_order(step, params, image_push, feature_grad)  # Jbᵢ [B, D]
         self.grads[2] -= _inner(tangents, feature_grad)
-        for value, grad in zip(text_adjoint, text_grads, strict=True):
+        for value, grad in zip(text_push, text_grads, strict=True):
             self.grads[3] -= _inner(value, grad)
-        vectors = [*(a * -self.pairs.syn_lr_txt for a in text_adjoint), tangents * -self.pairs.syn_lr_img]
-        *theta, texts, feature_vectors = _vector_jacobian(loss_grads, leaves, vectors)
-        _add(text_adjoint, theta)
+        vectors = [*(b * -self.pairs.syn_lr_txt for b in text_push), tangents * -self.pairs.syn_lr_img]
+        leaves = [*self._asked(step, text), text_embed, features]
+        *text_change, texts, feature_vectors = _vector_jacobian(loss_grads, leaves, vectors)
         self.grads[1].index_add_(0, self.batches[step], texts)
         self.features.pop()
-        self._first_order(step, params, image_adjoint, feature_vectors)
+        self._first_order(step, params, image_change, feature_vectors)
+        self._descend(text_adjoint, text_change)
+        self._descend(image_adjoint, image_change)
 
-    def _second_order(self, step: int, params: Parameters, adjoint: list[Tensor], feature_grad: Tensor) -> Tensor:
-        """Adds the part of 1. to `adjoint` and `grads`; returns Jλᵢ [B, D]."""
-        tangents = torch.zeros_like(feature_grad)
-        if not adjoint:
-            return tangents
+    def _second_order(self, step: int, params: Parameters, push: list[Tensor], feature_grad: Tensor):
+        """Jbᵢ [B, D] and the part of 1. for θ; the part for X goes to `grads`."""
         image, _ = self._by_tower(params.values())
-        change = [torch.zeros_like(value) for value in adjoint]
-        for rows in self._chunks(step):
+        asked = self._asked(step, image)
+        tangents, change = torch.zeros_like(feature_grad), [torch.zeros_like(value) for value in asked]
+        for rows in self._chunks(step) if image else ():
             vector = (feature_grad[rows] * -self.pairs.syn_lr_img).requires_grad_()
             features, images = self._encode(step, rows, params)
             grads = _gradients(features, image, vector, create_graph=True)
-            tangents[rows], images, *theta = _vector_jacobian(grads, [vector, images, *image], adjoint)
+            tangents[rows], images, *theta = _vector_jacobian(grads, [vector, images, *asked], push)
             del features, grads
             _add(change, theta)
             self.grads[0].index_add_(0, self.batches[step][rows], images)
-        _add(adjoint, change)
-        return tangents
+        return tangents, change
 
-    def _first_order(self, step: int, params: Parameters, adjoint: list[Tensor], vectors: Tensor) -> None:
-        """Adds the part of 3. to `adjoint` and `grads`."""
-        image, _ = self._by_tower(params.values())
+    def _first_order(self, step: int, params: Parameters, change: list[Tensor], vectors: Tensor) -> None:
+        """Adds the part of 3. to `change` and `grads`."""
+        asked = self._asked(step, self._by_tower(params.values())[0])
         for rows in self._chunks(step):
             features, images = self._encode(step, rows, params)
-            images, *theta = _gradients(features, [images, *image], vectors[rows])
+            images, *theta = _gradients(features, [images, *asked], vectors[rows])
             del features
-            _add(adjoint, theta)
+            _add(change, theta)
             self.grads[0].index_add_(0, self.batches[step][rows], images)
 
     def _chunks(self, step: int) -> list[slice]:

@@ -1,18 +1,20 @@
 """Trajectory matching: the student's unrolled steps, the matching loss and its exact gradient.
 
 Wu et al., "Vision-Language Dataset Distillation", TMLR 2024. Notation of the comments: θ_t the student's
-parameters before step t, ℓ the contrastive loss, g_t = ∇ℓ(θ_t; X_t, Y_t), β the learned rates,
-λ_t = ∂L/∂θ_t where L is the matching loss.
+parameters before step t, ℓ the contrastive loss, g_t = ∇ℓ(θ_t; X_t, Y_t), β the learned rates, μ the student's
+momentum, λ_t = ∂L/∂θ_t where L is the matching loss.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from networks.clip_model import IMAGE_TOWER
 from utils.matching.pairs import Pairs
-from utils.matching.student import IMAGE_TOWER, ChunkedSteps, Parameters, StudentLoss, WholeSteps
+from utils.matching.pictures import EmbeddedPictures
+from utils.matching.student import ChunkedSteps, Parameters, StudentLoss, WholeSteps
 
 
 @dataclass
@@ -57,6 +59,8 @@ def matching_gradient(
     batches: Sequence[Tensor],
     seed: int,
     pair_chunk: int | None = None,
+    momentum: float = 0.0,
+    adjoint_decay: float = 1.0,
 ) -> Matching:
     """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
 
@@ -67,6 +71,12 @@ def matching_gradient(
     (dropout) are the same on both ways, and depend only on `seed` and t, those of an image tower in chunks also
     on the chunk.
 
+    With momentum, v_{t+1} = μ v_t + g_t and θ_{t+1} = θ_t − β v_{t+1}. Then b_t = λ_{t+1} + μ b_{t+1} takes the
+    place of λ_{t+1} in all these products, because g_t moves θ at t and all later steps; no velocity is stored.
+
+    Where the student's image encoder is frozen, each picture of `batches` goes through it once, the steps and the
+    sweep run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels.
+
     Args:
         loss_fn: the student's loss.
         start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
@@ -75,11 +85,20 @@ def matching_gradient(
         seed: of the random numbers in the student's steps.
         pair_chunk: pairs whose image tower's graph is held at a time; None for all. Then a step's memory does not
             grow with its pairs, for about 1.4 times the operations (more time for small chunks).
+        momentum: μ of the student's steps.
+        adjoint_decay: γ in λ_t = λ_{t+1} − γ β (∂g_t/∂θ)ᵀ b_t; 1 is exact, 0 the gradient of TESLA (Cui et al., 2023).
     """
     pairs = Pairs(*(tensor.detach() for tensor in pairs.tensors()))
-    arguments = loss_fn, list(start), pairs, batches, seed
+    if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
+        pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, torch.cat(batches), pair_chunk)
+        embedded = replace(pairs, image_syn=pictures.embed)
+        matching = matching_gradient(loss_fn, start, target, embedded, batches, seed, None, momentum, adjoint_decay)
+        matching.gradient.image_syn = pictures.pixels_gradient(matching.gradient.image_syn)
+        return matching
+    arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
     in_chunks = pair_chunk is not None and pair_chunk < max(len(batch) for batch in batches)
-    sweep = _Sweep(ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments), start)
+    steps = ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments)
+    sweep = _Sweep(steps, start, momentum)
     with torch.random.fork_rng():
         student_losses, final = sweep.forth()
         image_loss, text_loss, adjoint = _end_of_unroll(final, start, target)
@@ -94,8 +113,8 @@ class _Sweep:
     On a GPU they are kept in the host's memory, but for the first, which is the caller's, and the last, used next.
     """
 
-    def __init__(self, steps: WholeSteps, start: Parameters):
-        self.steps, self.start = steps, start
+    def __init__(self, steps: WholeSteps, start: Parameters, momentum: float):
+        self.steps, self.start, self.momentum = steps, start, momentum
         self.stored: list[Parameters] = []
 
     def forth(self) -> tuple[Tensor, Parameters]:
@@ -103,25 +122,38 @@ class _Sweep:
         losses, params = [], _leaves(self.start)
         rates = [-rate for rate in self.steps.rates]
         last = len(self.steps.batches) - 1
+        velocity = None
         for step in range(last + 1):
             loss, grads = self.steps.gradient(step, params)
             losses.append(loss)
             self.stored.append(params if step in (0, last) else _to_host(params))
+            velocity = self._carried_on(velocity, grads)
             with torch.no_grad():
-                moved = torch._foreach_addcmul(list(params.values()), grads, rates)
+                moved = torch._foreach_addcmul(list(params.values()), velocity, rates)
             params = _leaves(dict(zip(params, moved, strict=True)))
         return torch.stack(losses), params
 
     def back(self, adjoint: Sequence[Tensor]) -> list[Tensor]:
         """∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt) from λ_T, which is overwritten."""
-        adjoint = list(adjoint)
+        adjoint, push = list(adjoint), None
         device = adjoint[0].device
         for step in reversed(range(len(self.stored))):
             stored = self.stored.pop()
             params = _leaves({name: value.to(device, non_blocking=True) for name, value in stored.items()})
+            push = self._carried_on(push, adjoint)
             with torch.enable_grad():
-                self.steps.pull_back(step, params, adjoint)
+                self.steps.pull_back(step, params, adjoint, push)
         return self.steps.grads
+
+    def _carried_on(self, carried: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
+        """values + μ · carried, in the memory of `carried`; `values` themselves without momentum."""
+        if not self.momentum:
+            return values
+        if carried is None:
+            return [value.clone() for value in values]
+        torch._foreach_mul_(carried, self.momentum)
+        torch._foreach_add_(carried, values)
+        return carried
 
 
 def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):

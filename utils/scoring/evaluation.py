@@ -42,12 +42,14 @@ def evaluate_synset(
 
     Args:
         factory: `ModelFactory` of the encoders to train.
-        retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on.
+        retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on, see also `embedded_once`.
         seed: model k starts from seed + k.
     """
     images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
     text_embed = synset.text_syn.float().to(factory.device)
+    if not factory.image_trainable:
+        images = _embedded(factory.fresh(seed), images, batch_size_test)
     results = []
     for k in range(num_eval):
         model = factory.fresh(seed + k)
@@ -56,6 +58,11 @@ def evaluate_synset(
         recall = evaluate_retrieval(model, *retrieval, batch_size_test, factory.device)
         results.append({**recall, "train_loss": loss})
     return results
+
+
+@torch.no_grad()
+def _embedded(model, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.cat([model.embed_images(part) for part in images.split(batch_size)])
 
 
 def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -1,5 +1,7 @@
 """Retrieval: recall both ways, and the nearest caption of an embedding."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -43,17 +45,35 @@ def _top(queries, database, block: int = 1024):
 
 @torch.no_grad()
 def evaluate_retrieval(model, retrieval_set, text_embed, batch_size: int, device) -> dict[str, float]:
-    """Recalls of `model` on a `RetrievalSet` whose captions are embedded as text_embed [C, D_text]."""
+    """Recalls of `model` on a `RetrievalSet` whose captions are embedded as text_embed [C, D_text].
+
+    Its pictures may be those of `embedded_once`.
+    """
     was_training = model.training
     model.eval()
-    encoder = model.image_encoder
-    image_features = [
-        model.encode_image(normalize(images.to(device), encoder.mean, encoder.std))
-        for images in retrieval_set.images.split(batch_size)
-    ]
+    image_embed = embed_pictures(model, retrieval_set.images, batch_size, device)
+    image_features = [model.encode_image(rows) for rows in image_embed.split(8192)]
     text_features = [model.encode_text(rows.to(device)) for rows in text_embed.split(8192)]
     model.train(was_training)
     return recalls(torch.cat(image_features), torch.cat(text_features), retrieval_set.caption_to_image)
+
+
+def embed_pictures(model, images, batch_size: int, device):
+    """The image encoder's output [N, D_enc] for uint8 pictures [N, 3, H, W]; what is 2-d already is only moved."""
+    if images.ndim == 2:
+        return images.to(device)
+    mean, std = model.image_encoder.mean, model.image_encoder.std
+    return torch.cat([model.embed_images(normalize(part.to(device), mean, std)) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def embedded_once(retrieval, factory, batch_size: int):
+    """(RetrievalSet, text_embed) with the pictures' embeddings in their place, if the factory's encoder is frozen."""
+    retrieval_set, text_embed = retrieval
+    if factory.image_trainable:
+        return retrieval
+    image_embed = embed_pictures(factory.fresh(0).eval(), retrieval_set.images, batch_size, factory.device)
+    return replace(retrieval_set, images=image_embed), text_embed
 
 
 def nearest_captions(text_syn, text_embed, captions: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 
 from data.errors import InputError
 from data.transforms import normalize
+from networks.clip_model import IMAGE_TOWER, trained_parameters
 from networks.loss import contrastive_loss
 
 
@@ -19,13 +20,18 @@ class NonFiniteLoss(InputError):
 
 def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_decay: float):
     """SGD with a rate for each tower; parameters that do not train are left out."""
-    towers = ((model.image_encoder, lr_img), (model.text_projection, lr_txt))
-    groups = [{"params": [p for p in tower.parameters() if p.requires_grad], "lr": float(lr)} for tower, lr in towers]
+    named = trained_parameters(model).items()
+    groups = [
+        {"params": [p for name, p in named if name.startswith(IMAGE_TOWER) == in_image_tower], "lr": float(lr)}
+        for in_image_tower, lr in ((True, lr_img), (False, lr_txt))
+    ]
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, weight_decay=weight_decay)
 
 
 def device_batches(loader: Iterable, text_embed, encoder, device, augment: Callable | None = None):
     """uint8 pictures and row numbers -> normalised pictures and text embeddings on the device.
+
+    Pictures that come as a frozen encoder's output [B, D_enc] stay as they are.
 
     Args:
         text_embed: [rows, D_text] on the CPU.
@@ -37,7 +43,9 @@ def device_batches(loader: Iterable, text_embed, encoder, device, augment: Calla
             texts = texts.pin_memory()  # from other memory the host would wait for the copy
         if augment is not None:
             images = augment(images)
-        yield normalize(images, encoder.mean, encoder.std), texts.to(device, non_blocking=True)
+        if images.ndim == 4:
+            images = normalize(images, encoder.mean, encoder.std)
+        yield images, texts.to(device, non_blocking=True)
 
 
 def train_epoch(
@@ -119,7 +127,7 @@ def train_on_pairs(
     The order of pairs and dropout depend only on `seed`.
 
     Args:
-        images: [M, 3, H, W], normalised. text_embed: [M, D_text].
+        images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]. text_embed: [M, D_text].
     """
     order = torch.Generator().manual_seed(seed)
 
