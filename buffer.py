@@ -12,15 +12,15 @@ import torch
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.pairs import pair_loader
 from networks.clip_model import trained_parameters
 from utils import cli
 from utils.experts import SNAPSHOT_TYPES, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.log import Log
-from utils.scoring import device_batches, evaluate_retrieval, train_epochs
+from utils.scoring import device_batches, embedded_once, evaluate_retrieval, train_epochs
 from utils.setup import (
     describe_training,
+    expert_loader,
     expert_recipe,
     find_device,
     find_split,
@@ -28,7 +28,6 @@ from utils.setup import (
     make_text_encoder,
     retrieval_pairs,
     training_pairs,
-    use_image_cache,
 )
 
 # Experts in one folder come from one training recipe.
@@ -36,8 +35,11 @@ RECIPE = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
     *("cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
-    *("lora_rank", "lora_alpha", "lora_layers", "lora_train"),
+    *("lora_rank", "lora_alpha", "lora_layers", "lora_train", "only_has_image_projection", "aug_views"),
 )
+
+# Settings that older experts lack, and what they were trained with.
+ADDED = {"only_has_image_projection": False, "aug_views": 0}
 
 
 def parse_args(argv=None):
@@ -66,12 +68,21 @@ def parse_args(argv=None):
     add("--l2", type=cli.rate, default=0.0, help="weight decay")
     parser.add_bool("decay", False, "multiply the learning rates by 0.1 after half the epochs")
     parser.add_bool("no_aug", False, "train without crops, flips and RandAugment")
+    add(
+        "--aug_views",
+        type=cli.number(int, least=0),
+        default=0,
+        metavar="N",
+        help="with a frozen image encoder, train on the features of so many augmented views of each picture, cached; "
+        "0 for those of the test transform",
+    )
     parser.add_bool(
         "cache_images",
         False,
         "decode the training pictures once into a file in --cache_dir (3 bytes a pixel); unlike without it, random "
         "crops are of the picture squashed to a square of 8/7 --image_size",
     )
+    cli.add_recipe_flag(parser)
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
@@ -93,11 +104,11 @@ def main(argv=None):
     text_encoder = make_text_encoder(args)
     factory = make_factory(args, text_encoder.width)
     pairs, text_embed = training_pairs(args, train_split, text_encoder)
-    augment = use_image_cache(pairs, args) if args.cache_images else None
-    validation = retrieval_pairs(args, val_split, text_encoder)
+    validation = embedded_once(retrieval_pairs(args, val_split, text_encoder), factory, args.batch_size_test)
     del text_encoder
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
 
+    loader_of, augment = expert_loader(args, pairs, factory)
     training = describe_training(factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
     log = Log(folder, settings, args.name, args.disabled_wandb)
@@ -107,9 +118,10 @@ def main(argv=None):
         for n in missing:
             seed = args.seed + n
             torch.manual_seed(seed)
-            loader = pair_loader(pairs, args.batch_size_train, seed, args.num_workers)
             model = factory.fresh(seed)
-            snapshots, recalls = train_expert(model, loader, text_embed, augment, validation, n, args, log, saver)
+            snapshots, recalls = train_expert(
+                model, loader_of(seed), text_embed, augment, validation, n, args, log, saver
+            )
             trajectory = list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
             saver.submit(save_expert, expert_path(folder, n), *trajectory)
     log.finish()
@@ -143,7 +155,7 @@ def missing_experts(folder: Path, args) -> list[int]:
             continue
         expert = Trajectory(path)
         for key in RECIPE:
-            stored = expert.settings.get(key)
+            stored = expert.settings.get(key, ADDED.get(key))
             if stored != getattr(args, key):
                 raise InputError(
                     f"{path} was trained with {key}={stored}, this run has {key}={getattr(args, key)}; "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from data.pairs import load_images, pair_loader
+from data.pairs import load_images
 from data.transforms import normalize
 from utils import cli
 from utils.scoring import (
@@ -26,7 +26,15 @@ from utils.scoring import (
     random_rows,
     train_epochs,
 )
-from utils.setup import expert_recipe, find_device, find_split, make_factory, make_text_encoder, training_pairs
+from utils.setup import (
+    expert_loader,
+    expert_recipe,
+    find_device,
+    find_split,
+    make_factory,
+    make_text_encoder,
+    training_pairs,
+)
 from utils.synset import SynSet, picture_grid, save_synset
 
 METHODS = ("random", "herding", "kcenter", "forgetting")
@@ -54,9 +62,11 @@ def parse_args(argv=None):
     parser.add_bool("decay", False, "multiply that expert's learning rates by 0.1 after half the epochs")
     parser.add_bool("no_aug", False, "train that expert without crops, flips and RandAugment")
     parser.add_bool("draw", True, "save a picture grid with captions beside the set")
+    cli.add_recipe_flag(parser)
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
+    parser.set_defaults(cache_images=False, aug_views=0)
     return parser.parse(argv)
 
 
@@ -124,7 +134,7 @@ def encoder_features(real, real_embed, encoder, args, device):
 def count_forgetting(real, real_embed, factory, args, device):
     """Trains one expert as buffer.py does; returns each pair's forgetting events [rows]."""
     torch.manual_seed(args.seed)
-    loader = pair_loader(real, args.batch_size_train, args.seed, args.num_workers)
+    loader = expert_loader(args, real, factory)[0](args.seed)
     model = factory.fresh(args.seed)
     counter = ForgettingCounter(real.row_to_image)
 

@@ -6,6 +6,7 @@ the gradient of its distance to where the expert went back into pictures, text e
 
 import functools
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from utils import cli
 from utils.experts import check_epochs, find_trajectories, stored_lora
 from utils.log import Log
 from utils.matching import (
+    OPTIMIZERS,
     OutOfMemory,
     PairLearner,
     Pairs,
@@ -31,11 +33,13 @@ from utils.matching import (
     prepare,
     to_device,
 )
+from utils.recipes import RELEASED_STUDENT
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
     NonFiniteLoss,
     check_num_queries,
+    embedded_once,
     evaluate_synset,
     mean_and_std,
     nearest_captions,
@@ -56,11 +60,10 @@ from utils.synset import SynSet, load_synset, picture_grid, save_synset
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
-    *("image_root", "ann_root", "buffer_path", "pair_chunk"),
+    *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe"),
 }
-
-# A student that stays put has matching loss 2; one on real pairs may well begin a little above.
-FAR_ASTRAY = 4
+# What runs were made with that lack a setting; their student had the temperature of the experts.
+ADDED = {"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False}
 
 
 def parse_args(argv=None):
@@ -77,11 +80,37 @@ def parse_args(argv=None):
     add("--syn_steps", type=cli.count, default=8, help="student steps per iteration")
     add("--expert_epochs", type=cli.count, default=1, help="epochs from the student's start to the expert's target")
     add("--max_start_epoch", type=cli.count, default=2, help="students start at an epoch below this")
-    add("--lr_img", type=cli.rate, default=1000.0, help="learning rate of the synthetic pixels")
-    add("--lr_txt", type=cli.rate, default=1000.0, help="learning rate of the synthetic text embeddings")
-    add("--lr_lr", type=cli.rate, default=1e-2, help="learning rate of the learned learning rates")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="of the pairs: sgd as published, or adam, whose rates need no tuning between data sets and encoders",
+    )
+    add("--lr_img", type=cli.rate, help="rate of the pixels: 1000 with sgd, 0.03 standard deviations with adam")
+    add(
+        "--lr_txt", type=cli.rate, help="rate of the text embeddings: 1000 with sgd, 0.03 standard deviations with adam"
+    )
+    add("--lr_lr", type=cli.rate, help="rate of the learned rates: 0.01 with sgd, 0.02 of their logarithm with adam")
     add("--lr_teacher_img", type=cli.positive, default=0.1, help="first value of the image tower's learned rate")
     add("--lr_teacher_txt", type=cli.positive, default=0.1, help="first value of the text tower's learned rate")
+    add(
+        "--student_temperature",
+        type=cli.positive,
+        default=RELEASED_STUDENT,
+        help="temperature of the student's loss; 1 / ln(1 / 0.07), that of the released student, if not given",
+    )
+    add(
+        "--student_momentum",
+        type=cli.number(float, least=0, below=1),
+        default=0.0,
+        help="momentum of the student's steps; evaluation has 0.9",
+    )
+    add(
+        "--adjoint_decay",
+        type=cli.number(float, least=0, most=1),
+        default=1.0,
+        help="how much of an earlier step's effect on the later ones the gradient keeps: 1 is exact, 0 is TESLA's",
+    )
     add("--pix_init", choices=("real", "noise"), default="real", help="pixels start from real pictures or noise")
     add("--txt_init", choices=("real", "noise"), default="real", help="texts start from real captions or noise")
     parser.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
@@ -91,6 +120,7 @@ def parse_args(argv=None):
     parser.add_bool("draw", True, "save picture grids with captions")
     parser.add_bool("std", True, "log mean and standard deviation over networks as Mean/... and Std/...")
     parser.add_bool("no_aug", False, "kept for compatibility: synthetic pairs are never augmented")
+    cli.add_recipe_flag(parser)
     cli.add_evaluation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
@@ -103,87 +133,130 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     check_frozen(args)
-    run = Path(args.save_dir)
-    check_run_folder(run, args.resume)
-    device = find_device(args)
-
-    # Fresh models, and the experts to match.
-    splits = {split: find_split(args, split) for split in ("train", "val", "test")}
-    check_num_queries(args.num_queries, len(splits["train"][1]))
-    text_encoder = make_text_encoder(args)
-    factory = make_factory(args, text_encoder.width)
-    judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
-    model = factory.fresh(args.seed)
-    training = describe_training(factory, model)
-    settings = {**vars(args), **training}
-    start = trained_parameters(model)
-    experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
-    check_epochs(experts, args.max_start_epoch, args.expert_epochs)
-
-    # The real pairs, and the synthetic ones.
-    real, real_embed = training_pairs(args, splits["train"], text_encoder)
-    validation, test = (retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test"))
-    del text_encoder
-    pairs = initial_pairs(args, real, real_embed, factory.encoder, device)
-    lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
-    learner = PairLearner(pairs, lr_img, lr_txt, args.lr_lr)
-    if args.resume:
-        learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
-        check_progress(run, learner.iteration, args.Iteration)
-    log = Log(run, settings, args.name, args.disabled_wandb)
-    log(training, step=learner.iteration)
-    loss_fn = StudentLoss(model, args.temperature)
-    pair_chunk = args.pair_chunk or fit_pair_chunk(loss_fn, start, pairs, min(args.mini_batch_size, args.num_queries))
-
-    def current_set() -> SynSet:
-        captions = nearest_captions(pairs.text_syn, real_embed, real.captions)
-        return as_set(pairs, captions, factory.encoder, args, learner.iteration)
-
-    def save_progress():
-        if not learner.is_finite():
-            return  # the set of the last evaluation stays
-        save_synset(run / "last.safetensors", current_set())
-        learner.save(run / "state.safetensors", vars(args))
-
-    prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
-    bar = tqdm(total=args.Iteration, desc="distill", initial=learner.iteration, disable=None)
-    try:
+    check_run_folder(Path(args.save_dir), args.resume)
+    run = Distillation(args)
+    with saved_when_stopped(run):
         while True:
-            iteration = learner.iteration
-            is_last = iteration >= args.Iteration
-            if iteration != learner.evaluated and (iteration % args.eval_it == 0 or is_last):
-                synset = current_set()
-                results = score(synset, validation, VALIDATION_SEED, judge, args)
-                keep_if_best(synset, results, learner, run)
-                save_progress()
-                report(log, run, synset, results, args)
-            if is_last:
+            if run.is_due():
+                run.evaluate()
+            if run.learner.iteration == args.Iteration:
                 break
+            run.match_and_step()
+    run.report_test()
 
-            start_epoch, start, target, batches, seed = prefetch.take(iteration)
-            start, target = to_device(start, device), to_device(target, device)
-            matching = match(loss_fn, start, target, pairs, batches, seed, pair_chunk)
-            check_finite(matching, iteration)
-            learner.step(matching.gradient)
-            log_iteration(log, bar, matching, pairs, start_epoch, iteration)
-            bar.update()
+
+class Distillation:
+    """One run: the experts, the real pairs, and the synthetic ones that are learned from them."""
+
+    def __init__(self, args):
+        self.args, self.folder, device = args, Path(args.save_dir), find_device(args)
+
+        # Fresh models, and the experts to match.
+        splits = {split: find_split(args, split) for split in ("train", "val", "test")}
+        check_num_queries(args.num_queries, len(splits["train"][1]))
+        text_encoder = make_text_encoder(args)
+        self.factory = factory = make_factory(args, text_encoder.width)
+        self.judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
+        model = factory.fresh(args.seed)
+        training = describe_training(factory, model)
+        settings = {**vars(args), **training}
+        start = trained_parameters(model)
+        experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
+        check_epochs(experts, args.max_start_epoch, args.expert_epochs)
+
+        # The real pairs, and the synthetic ones.
+        self.real, self.real_embed = training_pairs(args, splits["train"], text_encoder)
+        self.validation, self.test = (
+            embedded_once(retrieval_pairs(args, splits[split], text_encoder), self.judge, args.batch_size_test)
+            for split in ("val", "test")
+        )
+        self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
+        lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
+        self.learner = PairLearner(self.pairs, lr_img, lr_txt, args.lr_lr, args.optimizer)
+        if args.resume:
+            added = {**ADDED, "student_temperature": args.temperature}
+            self.learner.load(self.folder / "state.safetensors", vars(args), FREE_ON_RESUME, added)
+            check_progress(self.folder, self.learner.iteration, args.Iteration)
+
+        # The student, what it reads ahead, and the log.
+        self.loss_fn = StudentLoss(model, args.student_temperature)
+        batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
+        self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
+        self.pair_chunk = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size)
+        self.prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
+        self.log = Log(self.folder, settings, args.name, args.disabled_wandb)
+        self.log(training, step=self.learner.iteration)
+        self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=None)
+
+    def is_due(self) -> bool:
+        """Whether the pairs are to be scored before the next step."""
+        iteration = self.learner.iteration
+        is_round = iteration % self.args.eval_it == 0 or iteration == self.args.Iteration
+        return is_round and iteration != self.learner.evaluated
+
+    def match_and_step(self) -> None:
+        """One iteration: student and expert, the gradient of the matching loss, a step of the pairs."""
+        iteration, device = self.learner.iteration, self.pairs.image_syn.device
+        start_epoch, start, target, batches, seed = self.prefetch.take(iteration)
+        start, target = to_device(start, device), to_device(target, device)
+        problem = self.loss_fn, start, target, self.pairs, batches, seed, self.pair_chunk
+        matching = guarded(
+            lambda: matching_gradient(*problem, **self.student),
+            lambda: pair_chunk_advice(min(self.pair_chunk or len(batches[0]), len(batches[0]))),
+        )
+        gradient, warnings = self.learner.guard.limit(matching, self.pairs, iteration)
+        self.learner.step(gradient)
+        log_iteration(self.log, self.bar, matching, self.learner, start_epoch, iteration)
+        for line in warnings:
+            tqdm.write(line)
+        self.bar.update()
+
+    def evaluate(self) -> None:
+        """Scores the pairs on validation, keeps the best set, saves the run."""
+        synset = self.current_set()
+        results = score(synset, self.validation, VALIDATION_SEED, self.judge, self.args)
+        keep_if_best(synset, results, self.learner, self.folder)
+        self.save()
+        report(self.log, self.folder, synset, results, self.args)
+
+    def report_test(self) -> None:
+        """Scores the set that did best on validation on the test split."""
+        best = load_synset(self.folder / "best.safetensors")
+        results = score(best, self.test, TEST_SEED, self.judge, self.args)
+        mean = mean_and_std(results)[0]
+        self.log({f"Test/{key}": value for key, value in mean.items()}, step=self.args.Iteration)
+        iteration = best.settings["iteration"]
+        print(f"best set by validation: {self.folder / 'best.safetensors'}, iteration {iteration}; test split:")
+        print(recall_table({f"{self.args.num_queries} distilled pairs, training {self.judge.trains}": results}))
+        self.log.finish()
+
+    def current_set(self) -> SynSet:
+        captions = nearest_captions(self.pairs.text_syn, self.real_embed, self.real.captions)
+        return as_set(self.pairs, captions, self.factory.encoder, self.args, self.learner.iteration)
+
+    def save(self) -> None:
+        """Saves the set and the state; after a spoilt step those of the last evaluation stay."""
+        if self.learner.is_finite():
+            save_synset(self.folder / "last.safetensors", self.current_set())
+            self.learner.save(self.folder / "state.safetensors", vars(self.args))
+
+
+@contextmanager
+def saved_when_stopped(run: Distillation):
+    """Saves the run when it is stopped, and says where its last good set is."""
+    try:
+        yield
     except (InputError, KeyboardInterrupt) as error:
         # After an InputError the pairs may be spoilt: the set of the last evaluation stays.
         if isinstance(error, (OutOfMemory, KeyboardInterrupt)):
-            save_progress()
-        if (run / "last.safetensors").exists():
-            print(f"stopped at iteration {learner.iteration}; the last good set is {run / 'last.safetensors'}")
+            run.save()
+        last = run.folder / "last.safetensors"
+        if last.exists():
+            print(f"stopped at iteration {run.learner.iteration}; the last good set is {last}")
         raise
     finally:
-        bar.close()
-        prefetch.close()
-
-    best = load_synset(run / "best.safetensors")
-    results = score(best, test, TEST_SEED, judge, args)
-    log({f"Test/{key}": value for key, value in mean_and_std(results)[0].items()}, step=args.Iteration)
-    print(f"best set by validation: {run / 'best.safetensors'}, iteration {best.settings['iteration']}; test split:")
-    print(recall_table({f"{args.num_queries} distilled pairs, training {judge.trains}": results}))
-    log.finish()
+        run.bar.close()
+        run.prefetch.close()
 
 
 def check_frozen(args) -> None:
@@ -213,7 +286,8 @@ def draw_iteration(experts, iteration: int, args):
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
     expert = experts[torch.randint(len(experts), (), generator=generator)]
     start_epoch = torch.randint(args.max_start_epoch, (), generator=generator).item()
-    batches = draw_batches(args.num_queries, args.mini_batch_size, args.syn_steps, generator)
+    batch_size = args.mini_batch_size or args.num_queries
+    batches = draw_batches(args.num_queries, batch_size, args.syn_steps, generator)
     step_seed = torch.randint(2**40, (), generator=generator).item()
     return expert, start_epoch, batches, step_seed
 
@@ -227,14 +301,6 @@ def read_iteration(experts, iteration: int, args, device):
     except (OSError, SafetensorError) as error:
         raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
     return start_epoch, start, target, batches, seed
-
-
-def match(loss_fn, start, target, pairs, batches, seed, pair_chunk):
-    """`matching_gradient`; raises OutOfMemory with the flag that helps."""
-    return guarded(
-        lambda: matching_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk),
-        lambda: pair_chunk_advice(min(pair_chunk or len(batches[0]), len(batches[0]))),
-    )
 
 
 def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
@@ -272,17 +338,7 @@ def keep_if_best(synset: SynSet, results, learner: PairLearner, run: Path) -> No
     learner.evaluated = learner.iteration
 
 
-def check_finite(matching, iteration: int) -> None:
-    numbers = [matching.loss, *(gradient.sum() for gradient in matching.gradient.tensors())]
-    if not torch.isfinite(torch.stack(numbers)).all():
-        losses = " ".join(f"{loss:.2f}" for loss in matching.student_losses.tolist())
-        raise InputError(
-            f"matching loss {matching.loss.item():.4g} or its gradient is not finite at iteration {iteration} (student "
-            f"losses {losses}); lower --lr_teacher_img, --lr_teacher_txt, --lr_lr, --lr_img, --lr_txt or --syn_steps"
-        )
-
-
-def log_iteration(log, bar, matching, pairs, start_epoch, iteration: int) -> None:
+def log_iteration(log, bar, matching, learner: PairLearner, start_epoch: int, iteration: int) -> None:
     losses = matching.student_losses.tolist()
     values = {
         "Grand_Loss": matching.loss.item(),
@@ -291,19 +347,14 @@ def log_iteration(log, bar, matching, pairs, start_epoch, iteration: int) -> Non
         "Start_Epoch": start_epoch,
         "Student_Loss_First": losses[0],
         "Student_Loss_Last": losses[-1],
-        "Synthetic_LR_Image": pairs.syn_lr_img.item(),
-        "Synthetic_LR_Text": pairs.syn_lr_txt.item(),
+        "Synthetic_LR_Image": learner.pairs.syn_lr_img.item(),
+        "Synthetic_LR_Text": learner.pairs.syn_lr_txt.item(),
         "Grad_Norm_Image": matching.gradient.image_syn.norm().item(),
         "Grad_Norm_Text": matching.gradient.text_syn.norm().item(),
+        "Limited_Gradients": learner.guard.limited,
     }
     log(values, step=iteration)
     bar.set_postfix(loss=f"{values['Grand_Loss']:.3f}", student=f"{losses[0]:.2f}>{losses[-1]:.2f}", refresh=False)
-    if iteration == 0 and (losses[-1] > losses[0] or values["Grand_Loss"] > FAR_ASTRAY):
-        tqdm.write(
-            f"warning: the student goes astray (its losses {losses[0]:.2f} to {losses[-1]:.2f}, matching loss "
-            f"{values['Grand_Loss']:.2f}, where 2 is a student that stays put); "
-            "lower --lr_teacher_img, --lr_teacher_txt or --syn_steps"
-        )
 
 
 def report(log, run: Path, synset: SynSet, results, args) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli
-from utils.demo_settings import DEMO_DEFAULTS
 from utils.experts import LORA, find_trajectories
+from utils.recipes import DEMO_DATA, recipe_defaults
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
+    embedded_once,
     evaluate_retrieval,
     evaluate_synset,
     mean_and_std,
@@ -34,6 +35,7 @@ INHERITED = (
 # Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
 OF_ENCODER = {
     **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
+    "only_has_image_projection": False,
     **dict.fromkeys(LORA),
 }
 # What the sets of one table share: where the texts come from.
@@ -81,7 +83,8 @@ def settings_of_first_set(args) -> dict:
     settings = load_set(args.synset[0]).settings
     inherited = {key: settings[key] for key in INHERITED if key in settings}
     if inherited["dataset"] == "demo":
-        inherited = {key: value for key, value in DEMO_DEFAULTS.items() if key in vars(args)} | inherited
+        of_demo = recipe_defaults("evaluate.py", "demo", None)
+        inherited = {key: value for key, value in of_demo.items() if key in vars(args)} | inherited
     return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
 
 
@@ -100,21 +103,22 @@ def main(argv=None):
     for path, synset in synsets.items():
         check_width(path, synset, text_dim, args)
     test = retrieval_pairs(args, splits["test"], text_encoder)
-    validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
+    validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else test
     del text_encoder
 
     rows = []
     for name, encoder in by_encoder.items():
         factory = make_factory(encoder, text_dim, args.eval_full)
+        seen_test, seen_validation = (embedded_once(r, factory, args.batch_size_test) for r in (test, validation))
         for path, synset in synsets.items():
             if args.tune_rates:
-                synset = tuned(synset, validation, factory, args)
-            results = score(synset, test, args.num_eval, TEST_SEED, factory, args)
+                synset = tuned(synset, seen_validation, factory, args)
+            results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
             rows.append(row_of_set(path, synset, name, factory.trains, results))
             announce(rows[-1])
         if args.all_data:
             of_experts = make_factory(encoder, text_dim) if factory.lora != lora_of(encoder) else factory
-            row = row_of_experts(of_experts, test, encoder, is_first=name == args.image_encoder[0])
+            row = row_of_experts(of_experts, seen_test, encoder, is_first=name == args.image_encoder[0])
             if row:
                 rows.append(row)
                 announce(row)
@@ -157,7 +161,7 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
             "give one for each, 'none' for published weights"
         )
     by_encoder = {}
-    known = [synset.settings for synset in synsets] + ([DEMO_DEFAULTS] if args.dataset == "demo" else [])
+    known = [synset.settings for synset in synsets] + ([DEMO_DATA] if args.dataset == "demo" else [])
     for i, name in enumerate(names):
         made_with = next((settings for settings in known if settings["image_encoder"] == name), {})
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}

@@ -113,6 +113,23 @@ class PairDataset(Dataset):
         return self.transform(image), row
 
 
+class PictureViews(Dataset):
+    """Item v · P + i is (a view of picture i, uint8 [3, H, W]; the item's number), for P pictures and V views.
+
+    Args:
+        transform: PIL picture -> uint8 [3, H, W], random.
+    """
+
+    def __init__(self, paths: list[Path], transform, views: int):
+        self.paths, self.transform, self.views = paths, transform, views
+
+    def __len__(self):
+        return self.views * len(self.paths)
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        return self.transform(read_image(self.paths[item % len(self.paths)])), item
+
+
 def _flatten_captions(records):
     captions = [caption for record in records for caption in record.captions]
     counts = torch.tensor([len(record.captions) for record in records], dtype=torch.long)
@@ -173,12 +190,15 @@ class _SeededSampler(Sampler):
         return self.rows
 
     def __iter__(self):
-        # A text seeds through a hash: seed 0, epoch 1 and seed 1, epoch 0 have nothing in common.
-        mixed = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
-        generator = torch.Generator().manual_seed(mixed)
+        generator = epoch_generator(self.seed, self.epoch)
         order = torch.randperm(self.rows, generator=generator)
         seeds = torch.randint(2**32, (self.rows,), generator=generator)
         return zip(order.tolist(), seeds.tolist(), strict=True)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Of an epoch's order; seed 0, epoch 1 and seed 1, epoch 0 have nothing in common, as a text seeds by a hash."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(63))
 
 
 class _SeededItems(Dataset):

@@ -11,7 +11,7 @@ import distill
 import evaluate
 from data.errors import InputError
 from utils import cli
-from utils.demo_settings import DEMO_DEFAULTS, DEMO_DISTILL
+from utils.recipes import RECIPES, recipe_defaults
 from utils.synset import SynSet, load_synset, save_synset
 
 SCRIPTS = {"buffer": buffer, "distill": distill, "evaluate": evaluate}
@@ -163,7 +163,7 @@ def test_image_kwargs_are_python_values_as_json_keeps_them():
 
 @pytest.mark.parametrize("name", ["buffer", "distill"])
 def test_demo_changes_defaults_not_what_is_given(name):
-    of_demo = DEMO_DEFAULTS | (DEMO_DISTILL if name == "distill" else {})
+    of_demo = recipe_defaults(f"{name}.py", "demo", None)
     for argv in (["--dataset", "demo"], ["--dataset=demo"]):
         args = SCRIPTS[name].parse_args(argv)
         assert {key: value for key, value in vars(args).items() if key in of_demo} == {
@@ -174,13 +174,14 @@ def test_demo_changes_defaults_not_what_is_given(name):
     assert SCRIPTS[name].parse_args([]).image_encoder == "nfnet"
 
 
-@pytest.mark.parametrize("argv", [[], ["--dataset", "demo"]])
+@pytest.mark.parametrize("argv", [[], ["--dataset", "demo"], ["--recipe", "heads"]])
 def test_defaults_work_together(argv):
     """Experts of the default length hold the snapshots, and the mini-batch fits."""
     experts, args = buffer.parse_args(argv), distill.parse_args(argv)
     assert args.max_start_epoch - 1 + args.expert_epochs <= experts.train_epochs
-    assert args.mini_batch_size <= args.num_queries
-    same = {key for key in vars(args) if key in vars(experts)} - {"name"} - (set(DEMO_DISTILL) if argv else set())
+    assert args.mini_batch_size is None or args.mini_batch_size <= args.num_queries
+    same = {key for key in vars(args) if key in vars(experts)} - {"name"}
+    same -= set(RECIPES[args.recipe or "wu2024"].get("distill.py", {}))  # set apart on purpose
     assert {key: getattr(args, key) for key in same} == {key: getattr(experts, key) for key in same}
 
 

@@ -13,13 +13,13 @@ import torch
 
 from data.errors import InputError
 from networks.lora import ALSO_TRAIN
-from utils.demo_settings import DEMO_DEFAULTS, DEMO_DISTILL
+from utils.recipes import OUTER_RATES, RECIPES, recipe_defaults
 
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (
     *("basis", "batch_size_train", "batch_train", "canvas_samples", "canvas_size", "data_path", "distill", "dsa"),
     *("dsa_strategy", "eval_mode", "force_save", "grounding", "ipc", "k_test", "load_all", "load_npy", "margin"),
-    *("max_violation", "measure", "n_basis", "only_has_image_projection", "optimize", "recursive", "save_interval"),
+    *("max_violation", "measure", "n_basis", "optimize", "recursive", "save_interval"),
     *("text_trainable", "texture", "transfer", "zca"),
 )
 
@@ -60,10 +60,7 @@ class Parser(argparse.ArgumentParser):
         for name in unused:
             self.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
         argv = sys.argv[1:] if argv is None else list(argv)
-        if self._dataset(argv) == "demo":
-            known = {action.dest for action in self._actions}
-            of_demo = DEMO_DEFAULTS | (DEMO_DISTILL if self.prog == "distill.py" else {})
-            self.set_defaults(**{name: value for name, value in of_demo.items() if name in known})
+        self._set_recipe(argv)
         args, unknown = self.parse_known_args(argv)
         if defaults and not unknown:
             self.set_defaults(**defaults(args))
@@ -79,6 +76,8 @@ class Parser(argparse.ArgumentParser):
             args.image_kwargs = dict(args.image_kwargs or [])
         if "lora_rank" in args:
             self._complete_lora(args)
+        if "optimizer" in args:
+            self._complete_outer_rates(args)
         return args
 
     def _complete_lora(self, args):
@@ -89,10 +88,21 @@ class Parser(argparse.ArgumentParser):
             if args.lora_rank is not None and getattr(args, name) is None:
                 setattr(args, name, default)
 
-    def _dataset(self, argv):
-        dataset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        dataset.add_argument("--dataset", nargs="?")
-        return dataset.parse_known_args(argv)[0].dataset
+    def _complete_outer_rates(self, args):
+        for name, default in OUTER_RATES[args.optimizer].items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+
+    def _set_recipe(self, argv):
+        """Defaults of the recipe and of the demo data, which are named on the command line."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--dataset", nargs="?")
+        early.add_argument("--recipe", nargs="?")
+        named = early.parse_known_args(argv)[0]
+        known = {action.dest for action in self._actions}
+        if named.recipe in (None, *RECIPES):  # another one is refused when all is parsed
+            defaults = recipe_defaults(self.prog, named.dataset, named.recipe)
+            self.set_defaults(**{name: value for name, value in defaults.items() if name in known})
 
     def _nearest(self, flag):
         visible = [o for a in self._actions if a.help != argparse.SUPPRESS for o in a.option_strings]
@@ -108,8 +118,8 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
-def number(kind, least=None, above=None, below=None):
-    """An argparse type: int or float within least <= x, above < x, x < below."""
+def number(kind, least=None, above=None, below=None, most=None):
+    """An argparse type: int or float within least <= x, above < x, x < below, x <= most."""
 
     def parse(text):
         try:
@@ -121,6 +131,8 @@ def number(kind, least=None, above=None, below=None):
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} must be above {above}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         if below is not None and value >= below:
             raise argparse.ArgumentTypeError(f"{text} must be below {below}")
         return value
@@ -165,7 +177,7 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
         help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model",
     )
     parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
-    parser.add_bool("image_trainable", True, "train the image encoder, not the text projection alone")
+    parser.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
     each = "; one for each encoder, 'none' for published weights" if several else ""
     add("--image_checkpoint", nargs=nargs, help=f"file with the image encoder's weights (safetensors or torch){each}")
     add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
@@ -174,11 +186,21 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
     add(
         "--text_pooling", choices=("cls", "mean"), default="cls", help="first token, or mean over tokens (not for CLIP)"
     )
+    parser.add_bool("only_has_image_projection", False, "add a projection head to the image tower too; it trains")
     add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss")
     add("--lora_rank", type=count, help="train low-rank updates of the image encoder's weights in their place")
     add("--lora_alpha", type=positive, help="updates are scaled by alpha / rank; the rank if not given")
     add("--lora_layers", help="attn (if not given), attn+mlp, all, or a regular expression on layer names")
     add("--lora_train", choices=ALSO_TRAIN, help="what trains beside the low-rank updates; none if not given")
+
+
+def add_recipe_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="a whole set of defaults: wu2024, the paper's, unless --dataset demo; heads, frozen encoders with a "
+        "projection on each side; demo",
+    )
 
 
 def add_evaluation_flags(parser: Parser) -> None:

@@ -9,15 +9,23 @@ from data.augment import Augment, cached_side
 from data.demo import make_demo
 from data.errors import InputError
 from data.image_cache import cache_images
-from data.pairs import PairDataset, RetrievalSet, drop_unreadable, find_images, load_images, load_retrieval_set
+from data.pairs import (
+    PairDataset,
+    RetrievalSet,
+    drop_unreadable,
+    find_images,
+    load_images,
+    load_retrieval_set,
+    pair_loader,
+)
 from data.text_cache import embed_captions
 from data.transforms import normalize, train_transform
 from networks.clip_model import CLIPModel, ModelFactory, count_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
-from utils.matching.pairs import Pairs
-from utils.scoring.coresets import random_rows
+from utils.matching import Pairs
+from utils.scoring import EmbedLoader, embed_views, random_rows
 
 
 def find_device(args) -> torch.device:
@@ -53,6 +61,21 @@ def training_pairs(args, split, text_encoder) -> tuple[PairDataset, torch.Tensor
     """Pairs, one row per caption, and the captions' embeddings [rows, D_text]; `split` from `find_split`."""
     dataset = PairDataset(*split, train_transform(args.image_size, args.no_aug))
     return dataset, embed_captions(dataset.captions, text_encoder, args.cache_dir)
+
+
+def expert_loader(args, pairs: PairDataset, factory: ModelFactory):
+    """(loader of an expert's batches by its seed, what augments them on the device if anything).
+
+    Where the image encoder is frozen, the batches hold its output for the pictures, computed once.
+    """
+    if factory.image_trainable:
+        augment = use_image_cache(pairs, args) if args.cache_images else None
+        return lambda seed: pair_loader(pairs, args.batch_size_train, seed, args.num_workers), augment
+    if args.cache_images:
+        raise InputError("--cache_images has no use where the image encoder is frozen: its output is cached; drop it")
+    sizes = args.image_size, 0 if args.no_aug else args.aug_views, args.batch_size_test, args.num_workers
+    image_embed = embed_views(pairs.paths, factory.encoder, *sizes, factory.device, args.cache_dir)
+    return lambda seed: EmbedLoader(image_embed, pairs.row_to_image, args.batch_size_train, seed), None
 
 
 def use_image_cache(dataset: PairDataset, args) -> Augment | None:
@@ -94,7 +117,8 @@ def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFacto
     device = find_device(args)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     bf16 = args.precision == "bf16"
-    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, device, lora, bf16)
+    projected = args.only_has_image_projection
+    return ModelFactory(build, starts_pretrained, text_dim, args.image_trainable, device, lora, bf16, projected)
 
 
 def lora_of(args) -> Lora | None:

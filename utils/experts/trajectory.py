@@ -11,16 +11,24 @@ from utils.experts.snapshots import open_start, pack_snapshots, save_start, unpa
 from utils.files import open_tensors, save_tensors
 
 KIND = "expert trajectory"
-MUST_AGREE = ("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable")
+MUST_AGREE = (
+    *("image_encoder", "text_encoder", "text_pooling", "image_size", "image_trainable", "only_has_image_projection"),
+)
 LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_train")  # None where all weights train
 
 
 def buffer_folder(buffer_path: str | Path, settings: dict) -> Path:
-    """Where experts are written: buffer_path / dataset / image encoder, with _loraR for adapters / text encoder."""
+    """Where experts are written: buffer_path / dataset / image encoder / text encoder.
+
+    The image encoder's name ends in _loraR for adapters, in _projected with an image projection, in _heads if that
+    is all that trains of the image tower.
+    """
     keys = "dataset", "image_encoder", "text_encoder"
     dataset, image, text = (str(settings[key]).strip("/").replace("/", "--") for key in keys)
     if settings.get("lora_rank"):
         image += f"_lora{settings['lora_rank']}"
+    if settings.get("only_has_image_projection"):
+        image += "_projected" if settings["image_trainable"] else "_heads"
     return Path(buffer_path, dataset, image, text)
 
 
@@ -255,9 +263,10 @@ def _check_lora(trajectory, settings: dict) -> None:
                 f"expert {trajectory.path} was trained with {key}={stored[key]}, this run has {key}={settings[key]}; "
                 "give the same value or another --buffer_path"
             )
-    if stored["lora_base"] != settings.get("lora_base"):
+    if stored["lora_base"] and stored["lora_base"] != settings.get("lora_base"):
         raise InputError(
-            f"expert {trajectory.path} adapts other frozen weights (SHA-256 {str(stored['lora_base'])[:12]}) than this "
-            f"run's image encoder has ({str(settings.get('lora_base'))[:12]}); give the --image_checkpoint, "
+            f"expert {trajectory.path} was trained over other frozen weights (SHA-256 "
+            f"{str(stored['lora_base'])[:12]}) than "
+            f"this run's image encoder has ({str(settings.get('lora_base'))[:12]}); give the --image_checkpoint, "
             "--image_pretrained and --image_kwargs it was trained with"
         )

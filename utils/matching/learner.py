@@ -3,77 +3,122 @@
 import math
 
 import torch
+from torch import Tensor
 
 from data.errors import InputError
 from utils.files import open_tensors, save_tensors
+from utils.matching.guard import Guard
 from utils.matching.pairs import Pairs
 
 KIND = "distillation state"
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
-MIN_RATE = 1e-4  # learned rates are clamped here, so that they stay positive
+RATES = NAMES[2:]
+MIN_RATE = 1e-4  # rates that SGD learns are clamped here, so that they stay positive
+OLD_NAMES = {"momentum_buffer": "momentum"}  # of optimizer states in the file
+OPTIMIZERS = ("sgd", "adam")
 
 
 class PairLearner:
-    """Moves the pairs by SGD with momentum 0.5, a rate for pixels, for texts and for the learned rates.
+    """Moves the pairs, by one of two optimizers.
+
+    "sgd", as published: momentum 0.5, on the values themselves, learned rates clamped to at least `MIN_RATE`.
+    "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
+    embeddings, and the learned rates move on a logarithmic scale, so that the same numbers fit other data and encoders.
+
+    Args:
+        pairs: the first pairs; moved in place.
+        lr_img, lr_txt, lr_lr: learning rates of the pixels, the text embeddings and the learned rates; 0 keeps them.
 
     Attributes:
         pairs: the current `Pairs`.
+        guard: what limits a gradient far outside what the run has seen, see `Guard`.
         iteration: steps taken.
         evaluated: iteration of the last evaluation, -1 before the first.
         best: best validation recall so far.
     """
 
-    def __init__(self, pairs: Pairs, lr_img: float, lr_txt: float, lr_lr: float):
+    def __init__(self, pairs: Pairs, lr_img: float, lr_txt: float, lr_lr: float, optimizer: str = "sgd"):
         self.pairs = pairs
+        self.in_logs = optimizer == "adam"
+        self.guard = Guard(None if self.in_logs else lr_lr)
         self.iteration, self.evaluated, self.best = 0, -1, -math.inf
         self.named = dict(zip(NAMES, (tensor.requires_grad_() for tensor in pairs.tensors()), strict=True))
-        rates = (lr_img, lr_txt, lr_lr, lr_lr)
-        groups = [{"params": [tensor], "lr": lr} for tensor, lr in zip(self.named.values(), rates, strict=True)]
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.5)
+        self.moved = dict(self.named)  # what the optimizer sees
+        if self.in_logs:
+            self.moved |= {f"log_{name}": self.moved.pop(name).detach().log() for name in RATES}
+            lr_img, lr_txt = lr_img * pairs.image_syn.std().item(), lr_txt * pairs.text_syn.std().item()
+        groups = [
+            {"params": [tensor], "lr": lr}
+            for tensor, lr in zip(self.moved.values(), (lr_img, lr_txt, lr_lr, lr_lr), strict=True)
+        ]
+        if self.in_logs:
+            self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.5)
 
+    @torch.no_grad()
     def step(self, gradient: Pairs) -> None:
-        for tensor, grad in zip(self.named.values(), gradient.tensors(), strict=True):
-            tensor.grad = grad
+        """One step against `gradient`, whose parts for the rates are ∂L/∂β."""
+        for variable, (name, value), grad in zip(
+            self.moved.values(), self.named.items(), gradient.tensors(), strict=True
+        ):
+            variable.grad = grad * value if self.in_logs and name in RATES else grad  # ∂L/∂log β = β ∂L/∂β
         self.optimizer.step()
-        with torch.no_grad():
-            self.pairs.syn_lr_img.clamp_(min=MIN_RATE)
-            self.pairs.syn_lr_txt.clamp_(min=MIN_RATE)
+        for name in RATES:
+            if self.in_logs:
+                self.named[name].copy_(self.moved[f"log_{name}"].exp())
+            else:
+                self.named[name].clamp_(min=MIN_RATE)
         self.iteration += 1
 
     def is_finite(self) -> bool:
         return all(torch.isfinite(tensor).all() for tensor in self.named.values())
 
     def save(self, path, settings: dict) -> None:
-        """Writes pairs, momentum and progress. Raises InputError if the file cannot be written."""
-        tensors = dict(self.named)
-        for name, tensor in self.named.items():
-            if "momentum_buffer" in self.optimizer.state[tensor]:
-                tensors[f"momentum/{name}"] = self.optimizer.state[tensor]["momentum_buffer"]
+        """Writes pairs, optimizer and progress. Raises InputError if the file cannot be written."""
         best = self.best if math.isfinite(self.best) else None
-        progress = {"iteration": self.iteration, "evaluated": self.evaluated, "best": best}
+        progress = {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "guard": self.guard.state()}
+        tensors = {**self.named, **self.moved, **self._optimizer_state()}
         save_tensors(path, tensors, {"kind": KIND, "settings": settings, **progress})
 
-    def load(self, path, settings: dict, free: set[str]) -> None:
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            f"{OLD_NAMES.get(key, key)}/{name}": value
+            for name, variable in self.moved.items()
+            for key, value in self.optimizer.state[variable].items()
+            if value is not None
+        }
+
+    def _restore_optimizer(self, stored: dict[str, Tensor]) -> None:
+        new_names = {old: new for new, old in OLD_NAMES.items()}
+        for key, value in stored.items():
+            part, _, name = key.partition("/")
+            variable = self.moved[name]
+            if part != "step":  # Adam's count of steps stays on the CPU
+                value = torch.empty_like(variable).copy_(value)
+            self.optimizer.state[variable][new_names.get(part, part)] = value
+
+    def load(self, path, settings: dict, free: set[str], added: dict | None = None) -> None:
         """Restores what `save` wrote.
 
         Args:
             settings: of this run; they must equal the saved ones except those named in `free`.
+            added: what a state was made with that does not say so.
 
         Raises:
             InputError: a damaged file, or another setting.
         """
         handle, metadata = open_tensors(path, KIND, ("settings", "iteration", "evaluated", "best"), NAMES)
-        for key, value in metadata["settings"].items():
+        for key, value in {**(added or {}), **metadata["settings"]}.items():
             if key not in free and settings.get(key) != value:
                 raise InputError(
                     f"{path} was saved with {key}={value}, not {settings.get(key)}; resume it with {value}"
                 )
-        stored = set(handle.keys())
+        stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, a handle is no dict
         with torch.no_grad():
-            for name, tensor in self.named.items():
-                tensor.copy_(handle.get_tensor(name))
-                if f"momentum/{name}" in stored:
-                    momentum = torch.empty_like(tensor).copy_(handle.get_tensor(f"momentum/{name}"))
-                    self.optimizer.state[tensor]["momentum_buffer"] = momentum
+            for name, tensor in {**self.named, **self.moved}.items():
+                tensor.copy_(stored[name])
+        self._restore_optimizer({name: value for name, value in stored.items() if "/" in name})
         self.iteration, self.evaluated = metadata["iteration"], metadata["evaluated"]
         self.best = -math.inf if metadata["best"] is None else metadata["best"]
+        self.guard.restore(metadata.get("guard", {}))

@@ -2,6 +2,6 @@
 
 from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
 from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
-from utils.scoring.features import embed_images, pair_features
-from utils.scoring.retrieval import evaluate_retrieval, nearest_captions
+from utils.scoring.features import EmbedLoader, embed_images, embed_views, pair_features
+from utils.scoring.retrieval import embedded_once, evaluate_retrieval, nearest_captions
 from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs

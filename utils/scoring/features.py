@@ -1,4 +1,4 @@
-"""Features of the pretrained encoders that herding and k-center work on, cached like the caption embeddings."""
+"""Features of pretrained image encoders, cached like the caption embeddings: for coresets and frozen towers."""
 
 import hashlib
 from pathlib import Path
@@ -9,12 +9,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.pairs import load_images
-from data.transforms import normalize
+from data.pairs import PictureViews, epoch_generator, load_images, pair_loader
+from data.transforms import normalize, train_transform
 from utils.files import open_tensors, save_tensors
 
 KIND = "image features"
 BLOCK = 512  # pictures in memory at once
+VIEW_SEED = 0  # of the augmented views
 
 
 def pair_features(kind: str, image_embed: Tensor | None, text_embed: Tensor | None, row_to_image: Tensor) -> Tensor:
@@ -50,14 +51,36 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     Read from `cache_dir` if the same encoder saw the same files before, by weights, names, sizes and times.
     A damaged cache file is made anew and a folder that cannot be written to is no error: one printed line.
     """
-    key = _cache_key(paths, encoder, image_size)
-    path = Path(cache_dir).expanduser() / f"image_{key}.safetensors"
+    rule = f"{image_size}"
+    return _cached(lambda: _encode(paths, encoder, image_size, batch_size, device), rule, paths, encoder, cache_dir)
+
+
+def embed_views(
+    paths: list[Path], encoder, image_size: int, views: int, batch_size: int, num_workers: int, device, cache_dir
+) -> Tensor:
+    """Pooled features of `views` augmented views of each picture: P files -> float32 [V, P, D_img] on the CPU.
+
+    Without views, one under the test transform. Cached as those of `embed_images`.
+    """
+    if not views:
+        return embed_images(paths, encoder, image_size, batch_size, device, cache_dir)[None]
+
+    def make():
+        dataset = PictureViews(paths, train_transform(image_size), views)
+        return _encode_views(dataset, encoder, batch_size, num_workers, device).view(views, len(paths), -1)
+
+    print(f"features of {views} views of {len(paths)} pictures: {4 * views * len(paths) * encoder.width / 1e9:.2f} GB")
+    return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir)
+
+
+def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
+    path = Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
     if path.exists():
         try:
             return open_tensors(path, KIND, tensors=("image_embed",))[0].get_tensor("image_embed")
         except InputError as error:
             print(f"making the image features anew: {error}")
-    image_embed = _encode(paths, encoder, image_size, batch_size, device)
+    image_embed = make()
     try:
         save_tensors(path, {"image_embed": image_embed}, {"kind": KIND})
     except InputError as error:
@@ -79,8 +102,45 @@ def _encode(paths, encoder, image_size, batch_size, device) -> Tensor:
     return image_embed
 
 
-def _cache_key(paths, encoder, image_size: int) -> str:
-    digest = hashlib.sha256(f"{image_size} {encoder.mean} {encoder.std} {encoder}".encode())
+@torch.no_grad()
+def _encode_views(dataset: PictureViews, encoder, batch_size, num_workers, device) -> Tensor:
+    encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+    image_embed = torch.empty(len(dataset), encoder.width)
+    loader = pair_loader(dataset, batch_size, VIEW_SEED, num_workers)
+    for images, items in tqdm(loader, desc="features of views", leave=False, disable=None):
+        pixels = normalize(images.to(device), encoder.mean, encoder.std)
+        image_embed[items] = encoder(pixels.contiguous(memory_format=torch.channels_last)).float().cpu()
+    return image_embed
+
+
+class EmbedLoader:
+    """Shuffled batches (image_embed [B, D], rows int64 [B]) of features, as `pair_loader` gives pictures.
+
+    Each epoch has another order and draws a view of each row's picture anew, by `seed` and the epoch alone.
+
+    Args:
+        image_embed: [V, P, D], see `embed_views`.
+        row_to_image: int64 [rows].
+    """
+
+    def __init__(self, image_embed: Tensor, row_to_image: Tensor, batch_size: int, seed: int):
+        self.image_embed, self.row_to_image = image_embed, row_to_image
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def __len__(self):
+        return -(-len(self.row_to_image) // self.batch_size)
+
+    def __iter__(self):
+        generator = epoch_generator(self.seed, self.epoch)
+        self.epoch += 1
+        order = torch.randperm(len(self.row_to_image), generator=generator)
+        views = torch.randint(len(self.image_embed), (len(order),), generator=generator)
+        for rows, view in zip(order.split(self.batch_size), views.split(self.batch_size), strict=True):
+            yield self.image_embed[view, self.row_to_image[rows]], rows
+
+
+def _cache_key(rule: str, paths, encoder) -> str:
+    digest = hashlib.sha256(f"{rule} {encoder.mean} {encoder.std} {encoder}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

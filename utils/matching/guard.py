@@ -1,0 +1,123 @@
+"""What a run has seen, and what becomes of an iteration far outside it."""
+
+import math
+import statistics
+
+import torch
+
+from data.errors import InputError
+from utils.matching.pairs import Pairs
+from utils.matching.sweep import Matching
+
+FACTOR = 10  # a gradient's norm may be so many times the median of the norms before it
+MEMORY = 50  # norms that are remembered
+LEAST_SEEN = 5  # before so many there is no median to speak of
+RATE_SHARE = 0.5  # of a learned rate that one gradient may move it by
+SKIPS = 3  # iterations without a finite gradient in a row, at which a run ends
+FAR_ASTRAY = 4  # matching loss; a student that stays put has 2, one on real pairs may well begin a little above
+STILL_ASTRAY = 20  # iterations in a row with a matching loss above 2, after which it is said
+
+
+class Guard:
+    """Keeps one bad iteration from throwing a run away. A sane gradient passes as it is.
+
+    The gradient of pictures or texts is cut to `FACTOR` times the median norm of the last `MEMORY` iterations, one
+    that would move a learned rate by more than `RATE_SHARE` of it to that, and one that is not finite to nothing.
+
+    Args:
+        lr_lr: learning rate of the learned rates themselves; None where they are learned on a scale of their own.
+
+    Attributes:
+        limited: iterations whose gradient was cut.
+    """
+
+    def __init__(self, lr_lr: float | None):
+        self.lr_lr = lr_lr
+        self.norms: list[tuple[float, float]] = []  # of pictures and texts, as they were let through
+        self.limited = self.skipped_in_a_row = self.astray_in_a_row = 0
+
+    def limit(self, matching: Matching, pairs: Pairs, iteration: int) -> tuple[Pairs, list[str]]:
+        """The gradient to step with, and lines to show.
+
+        Raises:
+            InputError: the matching loss or its gradient is not finite, and was not at the two iterations before, or
+                the pairs themselves are not.
+        """
+        lines = self._judge_loss(matching, iteration)
+        gradient = matching.gradient
+        if not is_finite(matching):
+            self.skipped_in_a_row += 1
+            pairs_are_spoilt = not all(torch.isfinite(tensor).all() for tensor in pairs.tensors())
+            if self.skipped_in_a_row == SKIPS or pairs_are_spoilt:
+                raise InputError(_not_finite(matching, iteration))
+            nothing = [torch.zeros_like(part) for part in gradient.tensors()]
+            return self._cut("is not finite and was left out", iteration, lines, *nothing)
+        self.skipped_in_a_row = 0
+        parts, reasons = list(gradient.tensors()), []
+        norms = [parts[i].norm().item() for i in (0, 1)]
+        for i, name in enumerate(("pictures", "texts")):
+            usual = statistics.median(pair[i] for pair in self.norms) if len(self.norms) >= LEAST_SEEN else math.inf
+            if norms[i] > FACTOR * usual > 0:
+                reasons.append(f"of the {name} is {norms[i] / usual:.0f} times the usual one")
+                parts[i] = parts[i] * (FACTOR * usual / norms[i])
+                norms[i] = FACTOR * usual
+        self.norms = [*self.norms, tuple(norms)][-MEMORY:]
+        for i, rate in ((2, pairs.syn_lr_img), (3, pairs.syn_lr_txt)):
+            most = math.inf if not self.lr_lr else RATE_SHARE * rate.item() / self.lr_lr
+            if abs(parts[i].item()) > most:
+                reasons.append(
+                    f"would change a learned rate of {rate.item():.2g} by {-self.lr_lr * parts[i].item():.2g}"
+                )
+                parts[i] = parts[i].clamp(-most, most)
+        if not reasons:
+            return gradient, lines
+        return self._cut(f"{' and '.join(reasons)}; it was cut", iteration, lines, *parts)
+
+    def _cut(self, what: str, iteration: int, lines: list[str], *parts) -> tuple[Pairs, list[str]]:
+        self.limited += 1
+        if self.limited == 1:
+            lines.append(
+                f"warning: the gradient of iteration {iteration} {what}, as others will be; metrics count them"
+            )
+        return Pairs(*parts), lines
+
+    def _judge_loss(self, matching: Matching, iteration: int) -> list[str]:
+        loss, losses = matching.loss.item(), matching.student_losses.tolist()
+        self.astray_in_a_row = 0 if loss <= 2 else self.astray_in_a_row + 1
+        if iteration == 0 and (losses[-1] > losses[0] or loss > FAR_ASTRAY):
+            return [
+                f"warning: the student goes astray (its losses {losses[0]:.2f} to {losses[-1]:.2f}, matching loss "
+                f"{loss:.2f}, where 2 is a student that stays put); {_ADVICE}"
+            ]
+        if self.astray_in_a_row == STILL_ASTRAY:
+            return [
+                f"warning: {STILL_ASTRAY} iterations in a row, up to {iteration}, had a matching loss above the 2 of a "
+                f"student that stays put (now {loss:.2f}); the pairs learn little: {_ADVICE}"
+            ]
+        return []
+
+    def state(self) -> dict:
+        """JSON-able, for `restore`."""
+        return {key: value for key, value in vars(self).items() if key != "lr_lr"}
+
+    def restore(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+_ADVICE = (
+    "lower --lr_teacher_img, --lr_teacher_txt or --syn_steps, raise --student_temperature, or use --optimizer adam"
+)
+
+
+def is_finite(matching: Matching) -> bool:
+    numbers = [matching.loss, *(gradient.sum() for gradient in matching.gradient.tensors())]
+    return torch.isfinite(torch.stack(numbers)).all().item()
+
+
+def _not_finite(matching: Matching, iteration: int) -> str:
+    losses = " ".join(f"{loss:.2f}" for loss in matching.student_losses.tolist())
+    return (
+        f"matching loss {matching.loss.item():.4g} or its gradient is not finite at iteration {iteration} "
+        f"(student losses {losses}); lower --lr_teacher_img, --lr_teacher_txt, --lr_lr, --lr_img, "
+        "--lr_txt or --syn_steps"
+    )
