@@ -244,7 +244,7 @@ def test_before_and_after_shows_both_and_the_change(synset):
     first = replace(synset, image_syn=(before - mean) / std)
     last = replace(synset, image_syn=(after - 0.5) / 0.25, mean=(0.5,) * 3, std=(0.25,) * 3)
     page = before_and_after(first, last, count=2, side=40, gain=4)
-    shown = set(page.getdata())
+    shown = {colour for _, colour in page.getcolors(page.width * page.height)}
     levels = [round(255 * level) for level in (0.4, 0.5, 0.35, 0.5 + 4 * 0.1, 0.5 - 4 * 0.05)]
     assert {(level,) * 3 for level in levels} <= shown
     assert page.width == 2 * 48 + 8
