@@ -1,17 +1,20 @@
 """Trajectories and sets of pairs on disk: round trips, the released layout, damage, a full disk."""
 
 import errno
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks import picture_pairs
 from data.errors import InputError
 from utils import files
 from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 from utils.files import open_tensors, save_tensors
-from utils.synset import SynSet, load_synset, picture_grid, save_synset
+from utils.synset import SynSet, before_and_after, load_synset, picture_grid, save_synset
 
 SETTINGS = {
     **{"dataset": "tiny", "image_encoder": "test_vit", "text_encoder": "a/b", "text_pooling": "cls"},
@@ -232,6 +235,36 @@ def test_picture_grid_shows_pictures_in_their_colours(synset):
     height = 40 + 2 * (40 // 11) + 4
     places = [(24, 24), (24 + 44, 24), (24, 24 + height)]
     assert [grid.getpixel(place) for place in places] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_before_and_after_shows_both_and_the_change(synset):
+    """Three plain grey pictures, brighter by 0.1 and darker by 0.05 afterwards; mean and std of the two sets differ."""
+    before, after = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 8, 8) for v in ((0.4,) * 3, (0.5, 0.35, 0.4)))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (synset.mean, synset.std))
+    first = replace(synset, image_syn=(before - mean) / std)
+    last = replace(synset, image_syn=(after - 0.5) / 0.25, mean=(0.5,) * 3, std=(0.25,) * 3)
+    page = before_and_after(first, last, count=2, side=40, gain=4)
+    shown = {colour for _, colour in page.getcolors(page.width * page.height)}
+    levels = [round(255 * level) for level in (0.4, 0.5, 0.35, 0.5 + 4 * 0.1, 0.5 - 4 * 0.05)]
+    assert {(level,) * 3 for level in levels} <= shown
+    assert page.width == 2 * 48 + 8
+
+
+def test_before_and_after_of_two_runs(synset):
+    other = replace(synset, image_syn=torch.zeros(3, 3, 4, 4))
+    assert "(3, 3, 8, 8) and (3, 3, 4, 4)" in error_line(before_and_after, synset, other)
+
+
+def test_command_that_pictures_pairs(tmp_path, synset, capsys):
+    sets = [str(tmp_path / name) for name in ("first.safetensors", "last.safetensors")]
+    save_synset(sets[0], synset)
+    save_synset(sets[1], replace(synset, image_syn=synset.image_syn + 1))
+    assert picture_pairs.main([*sets, str(tmp_path / "new/pairs.png"), "--count", "1"]) == 0
+    with Image.open(tmp_path / "new/pairs.png") as page:
+        assert page.format == "PNG" and page.width == 144 + 2 * 8
+    assert picture_pairs.main([*sets, str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and str(tmp_path) in error[0]
 
 
 # ---- writing whole or not at all
