@@ -100,7 +100,7 @@ def main(argv=None):
 
     training = describe_training(factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
-    log = Log(folder, settings, args.name, args.disabled_wandb)
+    log = Log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
     log(training, step=missing[0] * args.train_epochs)
     shares_start = factory.starts_pretrained and factory.lora is None
     with BackgroundSaver() as saver:  # an expert is written while the next one trains

@@ -206,14 +206,6 @@ def test_interrupted_run_is_saved_and_resumes(straight, run_distill, tmp_path, c
     assert same_set(tmp_path / "r/last.safetensors", straight / "last.safetensors")
 
 
-def test_wandb_offline_prints_how_to_upload(run_distill, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert run_distill(tmp_path / "r", "--Iteration", 1, "--disabled_wandb=false") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
-    folder = line.split("wandb sync ")[1]
-    assert folder.startswith(str(tmp_path / "r")) and list(os.scandir(folder))
-
-
 def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.setup, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
     monkeypatch.chdir(tmp_path)
