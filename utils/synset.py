@@ -1,5 +1,6 @@
 """A set of synthetic (or chosen real) pairs on disk, and its picture grid."""
 
+import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data.errors import InputError
 from data.transforms import denormalize
 from utils.files import open_tensors, save_tensors
 
@@ -60,14 +62,18 @@ def load_synset(path: str | Path) -> SynSet:
     """Reads a set.
 
     Raises:
-        InputError: the file is missing, damaged, not a set of pairs, or lacks a part of one.
+        InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.
     """
     handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
+    tensors = {name: handle.get_tensor(name) for name in TENSORS}
+    problem = _misfit(tensors, metadata)
+    if problem:
+        raise InputError(f"{KIND} {path} is not whole: {problem}; make it again")
     return SynSet(
-        image_syn=handle.get_tensor("image_syn"),
-        text_syn=handle.get_tensor("text_syn"),
-        syn_lr_img=handle.get_tensor("syn_lr_img").item(),
-        syn_lr_txt=handle.get_tensor("syn_lr_txt").item(),
+        image_syn=tensors["image_syn"],
+        text_syn=tensors["text_syn"],
+        syn_lr_img=tensors["syn_lr_img"].item(),
+        syn_lr_txt=tensors["syn_lr_txt"].item(),
         captions=metadata["captions"],
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
@@ -75,6 +81,31 @@ def load_synset(path: str | Path) -> SynSet:
         files=metadata.get("files", []),
         scores=metadata.get("scores", []),
     )
+
+
+def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
+    """What keeps the parts from being M pairs with their rates and normalisation."""
+    image_syn, text_syn, captions = tensors["image_syn"], tensors["text_syn"], metadata["captions"]
+    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
+        return "captions is not a list of texts"
+    if image_syn.ndim != 4 or image_syn.shape[1] != 3 or 0 in image_syn.shape:
+        return f"image_syn is {list(image_syn.shape)} instead of [M, 3, H, W]"
+    if text_syn.ndim != 2 or 0 in text_syn.shape:
+        return f"text_syn is {list(text_syn.shape)} instead of [M, D_text]"
+    if not len(image_syn) == len(text_syn) == len(captions):
+        return f"it has {len(image_syn)} pictures, {len(text_syn)} texts and {len(captions)} captions"
+    if not (image_syn.is_floating_point() and text_syn.is_floating_point()):
+        return f"image_syn is {image_syn.dtype} and text_syn is {text_syn.dtype} instead of floats"
+    for name in ("syn_lr_img", "syn_lr_txt"):
+        rate = tensors[name]
+        if rate.numel() != 1 or not 0 < rate.item() < math.inf:
+            return f"{name} is {rate.tolist()} instead of one positive number"
+    for name in ("mean", "std"):
+        values = metadata[name]
+        numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
+            return f"{name} is {values} instead of three {'positive ' if name == 'std' else ''}numbers"
+    return None
 
 
 def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int = 4) -> Image.Image:
