@@ -183,6 +183,8 @@ def main(argv=None):
     log({f"Test/{key}": value for key, value in mean_and_std(results)[0].items()}, step=args.Iteration)
     print(f"best set by validation: {run / 'best.safetensors'}, iteration {best.settings['iteration']}; test split:")
     print(recall_table({f"{args.num_queries} distilled pairs, training {judge.trains}": results}))
+    pictures = f"pictures in {run}/synthetic_images_*.png, " if args.draw else ""
+    print(f"sets in {run}/iteration_*.safetensors, {pictures}numbers in {run}/metrics.jsonl")
     log.finish()
 
 
