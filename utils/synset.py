@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -108,6 +109,12 @@ def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
     return None
 
 
+def pixels_of(synset: SynSet) -> np.ndarray:
+    """The pictures as they are shown: uint8 [M, H, W, 3]."""
+    pixels = denormalize(synset.image_syn.detach().float().cpu(), synset.mean, synset.std)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int = 4) -> Image.Image:
     """The pictures in rows of `columns`, each `side` pixels wide with its caption under it."""
     font = ImageFont.load_default(size=side // 12)
@@ -117,9 +124,7 @@ def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int 
     columns = min(columns, len(synset.captions))
     grid = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
     draw = ImageDraw.Draw(grid)
-    pixels = denormalize(synset.image_syn.detach().float().cpu(), synset.mean, synset.std)
-    pixels = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for i, (picture, caption) in enumerate(zip(pixels, synset.captions, strict=True)):
+    for i, (picture, caption) in enumerate(zip(pixels_of(synset), synset.captions, strict=True)):
         x, y = margin + i % columns * cell_width, margin + i // columns * cell_height
         grid.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for n, line in enumerate(textwrap.wrap(caption, width=24, max_lines=lines, placeholder=" …")):
