@@ -72,7 +72,7 @@ class Log:
         if self.run:
             self.run.finish()
             if self.run.settings.mode == "offline":
-                # One folder for each time the run was started; wandb sync takes those of one id in order of their start.
+                # One folder for each start of the run; wandb sync takes those of one id in order of their start.
                 folders = sorted(self.folder.glob(f"wandb/offline-run-*-{self.run.id}"))
                 print(f"wandb ran offline; to upload: wandb sync {shlex.join(map(str, folders))}")
 
