@@ -4,10 +4,11 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint
 
-demo: $(VENV)/installed  ## experts, distillation and the comparison with real pairs, on the drawn data set
+demo: $(VENV)/installed  ## experts, distillation and the comparison with real pairs and all data, on the drawn data set
 	$(RUN) buffer.py --dataset demo --disabled_wandb
 	$(RUN) distill.py --dataset demo --disabled_wandb --save_dir runs/demo
-	$(RUN) evaluate.py --synset runs/demo/iteration_000000.safetensors runs/demo/best.safetensors --tune_rates
+	$(RUN) evaluate.py --synset runs/demo/iteration_000000.safetensors runs/demo/best.safetensors --tune_rates \
+		--all_data buffers
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

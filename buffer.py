@@ -111,7 +111,7 @@ def main(argv=None):
     loader_of, augment = expert_loader(args, pairs, factory)
     training = describe_training(factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
-    log = Log(folder, settings, args.name, args.disabled_wandb)
+    log = Log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
     log(training, step=missing[0] * args.train_epochs)
     shares_start = factory.starts_pretrained and factory.lora is None
     with BackgroundSaver() as saver:  # an expert is written while the next one trains
@@ -125,6 +125,7 @@ def main(argv=None):
             trajectory = list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
             saver.submit(save_expert, expert_path(folder, n), *trajectory)
     log.finish()
+    print(describe_experts(folder, args.num_experts))
 
 
 def kept_epochs(args) -> list[int]:
@@ -138,6 +139,15 @@ def kept_epochs(args) -> list[int]:
 def save_expert(path: Path, *trajectory) -> None:
     save_trajectory(path, *trajectory)
     print(f"saved {path}")
+
+
+def describe_experts(folder: Path, count: int) -> str:
+    """What is in the folder, how good after the last epoch, and where the numbers are."""
+    recalls = [Trajectory(expert_path(folder, n)).recalls for n in range(count)]
+    last = sorted(recall[-1]["r_mean"] for recall in recalls)
+    span = f"{last[0]:.1f}" if count == 1 else f"{last[0]:.1f} to {last[-1]:.1f}"
+    experts, epochs = (f"{n} {noun}{'s' * (n > 1)}" for n, noun in ((count, "expert"), (len(recalls[0]), "epoch")))
+    return f"{experts} of {epochs}, validation mean {span}, in {folder}; numbers in {folder / 'metrics.jsonl'}"
 
 
 def missing_experts(folder: Path, args) -> list[int]:

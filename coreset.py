@@ -14,6 +14,7 @@ from data.errors import InputError
 from data.pairs import load_images
 from data.transforms import normalize
 from utils import cli
+from utils.pictures import picture_grid
 from utils.scoring import (
     ForgettingCounter,
     check_num_queries,
@@ -35,7 +36,7 @@ from utils.setup import (
     make_text_encoder,
     training_pairs,
 )
-from utils.synset import SynSet, picture_grid, save_synset
+from utils.synset import SynSet, save_synset
 
 METHODS = ("random", "herding", "kcenter", "forgetting")
 

@@ -33,6 +33,7 @@ from utils.matching import (
     prepare,
     to_device,
 )
+from utils.pictures import picture_grid
 from utils.recipes import RELEASED_STUDENT
 from utils.scoring import (
     TEST_SEED,
@@ -55,7 +56,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
-from utils.synset import SynSet, load_synset, picture_grid, save_synset
+from utils.synset import SynSet, load_synset, save_synset
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
@@ -228,6 +229,8 @@ class Distillation:
         iteration = best.settings["iteration"]
         print(f"best set by validation: {self.folder / 'best.safetensors'}, iteration {iteration}; test split:")
         print(recall_table({f"{self.args.num_queries} distilled pairs, training {self.judge.trains}": results}))
+        pictures = f"pictures in {self.folder}/synthetic_images_*.png, " if self.args.draw else ""
+        print(f"sets in {self.folder}/iteration_*.safetensors, {pictures}numbers in {self.folder}/metrics.jsonl")
         self.log.finish()
 
     def current_set(self) -> SynSet:

@@ -11,18 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
+from data.text_cache import embed_captions
 from networks.clip_model import trained_parameters
 from utils import cli
 from utils.experts import LORA, find_trajectories
+from utils.export import export_sets
 from utils.recipes import DEMO_DATA, recipe_defaults
 from utils.scoring import (
+    ALL_DATA,
     TEST_SEED,
     VALIDATION_SEED,
+    as_numbers,
+    compare_rows,
     embedded_once,
     evaluate_retrieval,
     evaluate_synset,
+    markdown_table,
     mean_and_std,
-    recall_table,
 )
 from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
 from utils.synset import SynSet, load_synset
@@ -39,10 +44,11 @@ OF_ENCODER = {
     **dict.fromkeys(LORA),
 }
 # What the sets of one table share: where the texts come from.
-SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")
+SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")  # with --texts nearest the first alone
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
-COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
+# Flags without effect beside --export.
+OF_TABLE = ("all_data", "tune_rates", "markdown", "json")
 
 
 def parse_args(argv=None):
@@ -60,6 +66,19 @@ def parse_args(argv=None):
     )
     add("--grid_img", nargs="+", type=cli.positive, default=[0.01, 0.1], help="image rates that --tune_rates tries")
     add("--grid_txt", nargs="+", type=cli.positive, default=[0.01, 0.1], help="text rates that --tune_rates tries")
+    add(
+        "--texts",
+        choices=("learned", "nearest"),
+        default="learned",
+        help="train on the texts as they are in the set, or on the real captions nearest to them, embedded anew: so a "
+        "set can be tried with another --text_encoder",
+    )
+    add(
+        "--export",
+        metavar="FOLDER",
+        help="write the sets' pictures (PNG), captions, embeddings and rates to this new folder instead of training on "
+        "them; a sub-folder for each of several sets",
+    )
     add("--markdown", metavar="FILE", help="write the table to this file")
     add("--json", metavar="FILE", help="write the numbers to this file")
     cli.add_evaluation_flags(parser)
@@ -92,6 +111,9 @@ def settings_of_first_set(args) -> dict:
 def main(argv=None):
     args = parse_args(argv)
     synsets = {path: with_rates(load_set(path), args) for path in args.synset}
+    if args.export:
+        export(synsets, args)
+        return
     for path, synset in synsets.items():
         check_shared(path, synset, args)
     by_encoder = encoder_args(args, list(synsets.values()))
@@ -100,6 +122,8 @@ def main(argv=None):
     splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
     text_encoder = make_text_encoder(args)
     text_dim = text_encoder.width
+    if args.texts == "nearest":
+        synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
     for path, synset in synsets.items():
         check_width(path, synset, text_dim, args)
     test = retrieval_pairs(args, splits["test"], text_encoder)
@@ -114,7 +138,7 @@ def main(argv=None):
             if args.tune_rates:
                 synset = tuned(synset, seen_validation, factory, args)
             results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
-            rows.append(row_of_set(path, synset, name, factory.trains, results))
+            rows.append(row_of_set(path, synset, name, factory.trains, results, args.texts))
             announce(rows[-1])
         if args.all_data:
             of_experts = make_factory(encoder, text_dim) if factory.lora != lora_of(encoder) else factory
@@ -133,13 +157,31 @@ def with_rates(synset: SynSet, args) -> SynSet:
     )
 
 
+def with_nearest_texts(synset: SynSet, text_encoder, args) -> SynSet:
+    """The set with the embeddings of its captions, the real ones nearest to its texts, in their place."""
+    return replace(synset, text_syn=embed_captions(synset.captions, text_encoder, args.cache_dir))
+
+
+def export(synsets: dict[str, SynSet], args) -> None:
+    """Writes the sets to --export. Raises InputError for flags without effect there and for sets of one name."""
+    given = [flag for flag in OF_TABLE if getattr(args, flag)] + (["texts"] if args.texts != "learned" else [])
+    if given:
+        raise InputError(f"--export trains nothing and writes the sets as they are; leave out --{given[0]}")
+    names = {Path(path).stem for path in synsets}
+    if len(names) < len(synsets):
+        raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
+    export_sets(args.export, {Path(path).stem: synset for path, synset in synsets.items()})
+    pictures = sum(len(synset.captions) for synset in synsets.values())
+    print(f"{pictures} pictures with metadata.jsonl and texts.safetensors in {args.export}")
+
+
 def check_shared(path: str, synset: SynSet, args) -> None:
     """Raises InputError if the set belongs to another dataset or text encoder."""
-    for key in SHARED:
+    for key in SHARED if args.texts == "learned" else SHARED[:1]:
         if synset.settings.get(key) != getattr(args, key):
             raise InputError(
                 f"{path} was made with {key}={synset.settings.get(key)}, this run has {key}={getattr(args, key)}; "
-                "sets of one table share dataset and text encoder"
+                "sets of one table share dataset and text encoder, but see --texts nearest"
             )
 
 
@@ -148,7 +190,7 @@ def check_width(path: str, synset: SynSet, text_dim: int, args) -> None:
     if synset.text_syn.shape[1] != text_dim:
         raise InputError(
             f"{path} holds text embeddings of width {synset.text_syn.shape[1]}, --text_encoder {args.text_encoder} "
-            f"gives {text_dim}; use the text encoder it was made with"
+            f"gives {text_dim}; use the text encoder it was made with, or --texts nearest"
         )
 
 
@@ -200,11 +242,12 @@ def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
     for expert in experts:
         model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
         results.append(evaluate_retrieval(model, *test, args.batch_size_test, device))
-    names = {"set": "all data", "method": "all data", "image_encoder": args.image_encoder, "trains": factory.trains}
-    return {**names, "results": results}
+    names = {"set": ALL_DATA, "method": ALL_DATA, "image_encoder": args.image_encoder, "trains": factory.trains}
+    epochs = max(expert.epochs[-1] for expert in experts)
+    return {**names, "experts": len(experts), "epochs": epochs, "results": results}
 
 
-def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results) -> dict:
+def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results, texts: str) -> dict:
     return {
         "set": path,
         "method": synset.settings["method"],
@@ -212,6 +255,7 @@ def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, resul
         "image_encoder": image_encoder,
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
+        "texts": texts,
         "results": results,
     }
 
@@ -222,28 +266,17 @@ def announce(row: dict) -> None:
 
 
 def write_tables(rows: list[dict], args) -> None:
-    """Prints the table; writes it to --markdown and its numbers to --json."""
-    stems = [Path(path).stem for path in args.synset]
-    table = {}
-    for row in rows:
-        name = Path(row["set"]).stem if stems.count(Path(row["set"]).stem) < 2 else row["set"]
-        rates = " ".join(f"{rate:.3g}" for rate in row.get("rates", []))
-        label = row["set"] if row["method"] == row["set"] else f"{name} ({row['method']})"
-        table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
+    """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
     networks = f"mean ± std over {args.num_eval} networks per set"
-    text = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}:\n\n{recall_table(table, COLUMNS)}\n"
+    text = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}:\n\n{markdown_table(rows)}\n"
     print(text, end="")
     shared = {"dataset": args.dataset, "text_encoder": args.text_encoder, "num_eval": args.num_eval}
     numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
     for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if file:
             write_text(Path(file), content)
-
-
-def as_numbers(row: dict) -> dict:
-    mean, std = mean_and_std(row["results"])
-    networks = len(row["results"])
-    return {**{k: v for k, v in row.items() if k != "results"}, "networks": networks, "mean": mean, "std": std}
+    for line in compare_rows(rows):
+        print(line)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,13 +1,17 @@
 """A tiny data set and the command line that goes with it, shared by the tests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import buffer
 import distill
 from data.demo import make_demo
+from networks.text_encoder import SHORT_NAMES
 
 QUICK_BUFFER = ["--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [
@@ -70,6 +74,23 @@ def straight(run_distill, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "straight"
     assert run_distill(folder, "--Iteration", 4) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_bert():
+    """Writes a BERT of 16 features with the vocabulary of the demo; gives the folder's name."""
+
+    def save(folder, seed=5):
+        folder.mkdir()
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            shutil.copy(Path(SHORT_NAMES["demo"]) / name, folder)
+        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(vocab_size=134, max_position_embeddings=80, initializer_range=0.2, **size)
+        transformers.BertModel(config).save_pretrained(folder)
+        return str(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from networks.image_encoder import build_image_encoder
 from utils.files import save_tensors
 from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
 from utils.scoring.features import embed_images, pair_features
+from utils.scoring.tables import COLUMNS
 from utils.scoring.training import make_optimizer, train_epoch
 from utils.synset import load_synset, save_synset
 
@@ -357,11 +358,11 @@ def test_table_of_two_sets_and_two_encoders(sets, tiny_experts, tmp_path, capsys
     assert len(read) == 1
     assert "no all-data row for test_vit" in out
     head, _, *rows = table_rows(out)
-    assert head == [*evaluate.COLUMNS, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
+    assert head == [*COLUMNS, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
     assert [row[:3] for row in rows] == [
         ["random_5 (random)", "5", "test_nfnet"],
         ["herding_5 (herding)", "5", "test_nfnet"],
-        ["all data", "all", "test_nfnet"],
+        ["all data (2 experts, 1 epoch)", "all", "test_nfnet"],
         ["random_5 (random)", "5", "test_vit"],
         ["herding_5 (herding)", "5", "test_vit"],
     ]

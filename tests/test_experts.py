@@ -104,7 +104,7 @@ def test_all_data_row_is_the_last_snapshot(kept, match, tmp_path, capsys):
     assert match(kept, tmp_path / "r") == 0
     capsys.readouterr()
     assert evaluate.main(["--synset", str(tmp_path / "r/best.safetensors"), "--all_data", str(kept)]) == 0
-    assert "| all data | all |" in capsys.readouterr().out
+    assert "| all data (1 expert, 4 epochs) | all |" in capsys.readouterr().out
 
 
 def test_more_snapshots_than_an_expert_keeps(kept, train, tmp_path, capsys):

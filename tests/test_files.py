@@ -14,7 +14,8 @@ from data.errors import InputError
 from utils import files
 from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 from utils.files import open_tensors, save_tensors
-from utils.synset import SynSet, before_and_after, load_synset, picture_grid, save_synset
+from utils.pictures import before_and_after, picture_grid
+from utils.synset import SynSet, load_synset, save_synset
 
 SETTINGS = {
     **{"dataset": "tiny", "image_encoder": "test_vit", "text_encoder": "a/b", "text_pooling": "cls"},
@@ -336,6 +337,36 @@ def test_set_without_a_tensor(tmp_path):
     save_tensors(tmp_path / "s", {"image_syn": torch.ones(1)}, {"kind": "set of pairs"})
     line = error_line(load_synset, tmp_path / "s")
     assert "captions, mean, std, settings, syn_lr_img, syn_lr_txt, text_syn" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_syn": torch.randn(2, 5)}, "3 pictures, 2 texts and 3 captions"),
+        ({"text_syn": torch.randn(4, 5)}, "3 pictures, 4 texts and 3 captions"),
+        ({"captions": ["a dog"]}, "3 pictures, 3 texts and 1 captions"),
+        ({"captions": 3}, "captions is not a list"),
+        ({"image_syn": torch.randn(3, 8, 8)}, "image_syn is [3, 8, 8]"),
+        ({"image_syn": torch.randn(3, 1, 8, 8)}, "image_syn is [3, 1, 8, 8]"),
+        ({"image_syn": torch.randn(0, 3, 8, 8), "text_syn": torch.randn(0, 5), "captions": []}, "image_syn is [0,"),
+        ({"image_syn": torch.ones(3, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8"),
+        ({"text_syn": torch.randn(3, 5, 2)}, "text_syn is [3, 5, 2]"),
+        ({"text_syn": torch.randn(3)}, "text_syn is [3]"),
+        ({"syn_lr_img": [0.1, 0.2]}, "syn_lr_img is"),
+        ({"syn_lr_img": 0.0}, "syn_lr_img is 0.0"),
+        ({"syn_lr_txt": float("nan")}, "syn_lr_txt is nan"),
+        ({"syn_lr_txt": float("inf")}, "syn_lr_txt is inf"),
+        ({"syn_lr_txt": -1.0}, "syn_lr_txt is -1.0"),
+        ({"mean": (0.5, 0.5)}, "mean is [0.5, 0.5]"),
+        ({"mean": "0.5"}, "mean is 0.5"),
+        ({"std": (0.5, 0.5, 0.0)}, "std is [0.5, 0.5, 0.0]"),
+        ({"std": (0.5, 0.5, None)}, "std is [0.5, 0.5, None]"),
+    ],
+)
+def test_set_whose_parts_do_not_fit(tmp_path, synset, changes, words):
+    save_synset(tmp_path / "set.safetensors", replace(synset, **changes))
+    line = error_line(load_synset, tmp_path / "set.safetensors")
+    assert f"set of pairs {tmp_path / 'set.safetensors'} is not whole" in line and words in line
 
 
 def drop_metadata(path, key):

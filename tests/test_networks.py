@@ -208,20 +208,8 @@ DEMO = Path(text_encoder.SHORT_NAMES["demo"])
 CAPTIONS = ["a red circle", "a small blue square to the left of a large yellow star", "a heart"]
 
 
-def save_bert(folder, seed=5):
-    """A BERT of 16 features with the vocabulary of the demo."""
-    folder.mkdir()
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(vocab_size=134, max_position_embeddings=80, initializer_range=0.2, **size)
-    transformers.BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory):
+def bert_folder(save_bert, tmp_path_factory):
     return save_bert(tmp_path_factory.mktemp("text") / "bert")
 
 
@@ -254,7 +242,7 @@ def test_text_encoder_is_frozen_and_without_dropout(bert_folder):
     assert torch.equal(encoder.encode(CAPTIONS), encoder.encode(CAPTIONS))
 
 
-def test_fingerprint_tells_encoders_apart(bert_folder, tmp_path):
+def test_fingerprint_tells_encoders_apart(bert_folder, save_bert, tmp_path):
     encoder = TextEncoder(bert_folder)
     fingerprint = encoder.fingerprint()
     assert TextEncoder(bert_folder).fingerprint() == fingerprint

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -67,6 +68,17 @@ def test_second_run_trains_only_the_missing_expert(experts, run_buffer, tmp_path
     capsys.readouterr()
     assert run_buffer(tmp_path / "b", "--num_experts", 2) == 0
     assert "all 2 experts" in capsys.readouterr().out
+
+
+def test_closing_line_says_what_was_made_and_where(run_buffer, metrics, tmp_path, capsys):
+    """Of all experts in the folder, those of an earlier run too."""
+    for count, experts in ((1, "1 expert"), (2, "2 experts")):
+        assert run_buffer(tmp_path / "b", "--num_experts", count, "--train_epochs", 1) == 0
+        folder = expert_folder(tmp_path / "b")
+        recalls = sorted(line["r_mean"] for line in metrics(folder) if "r_mean" in line)
+        span = f"{recalls[0]:.1f} to {recalls[-1]:.1f}" if count > 1 else f"{recalls[0]:.1f}"
+        made = f"{experts} of 1 epoch, validation mean {span}, in {folder}; numbers in {folder}/metrics.jsonl"
+        assert capsys.readouterr().out.splitlines()[-1] == made
 
 
 def test_second_run_of_another_recipe_is_refused(experts, run_buffer, capsys):
@@ -160,6 +172,17 @@ def test_same_command_same_set_other_seed_other_set(metrics, straight, run_disti
     assert not [line for line in metrics(tmp_path / "other") if "Mean/r_mean" in line]
 
 
+def test_closing_line_names_files_that_are_there(straight, run_distill, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "r")
+    capsys.readouterr()
+    for draw in (True, False):
+        assert run_distill(tmp_path / "r", "--Iteration", 4, "--resume", f"--draw={draw}") == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        patterns = [Path(word.strip(",")) for word in line.split() if word.startswith(str(tmp_path))]
+        assert len(patterns) == 2 + draw and all(list(p.parent.glob(p.name)) for p in patterns)
+        assert any(p.suffix == ".png" for p in patterns) == draw
+
+
 def test_noise_initialisation(run_distill, straight, tmp_path):
     assert run_distill(tmp_path / "n", "--Iteration", 1, "--pix_init", "noise", "--txt_init", "noise") == 0
     noise, real = (load_synset(folder / "iteration_000000.safetensors") for folder in (tmp_path / "n", straight))
@@ -204,14 +227,6 @@ def test_interrupted_run_is_saved_and_resumes(straight, run_distill, tmp_path, c
     assert load_synset(tmp_path / "r/last.safetensors").settings["iteration"] == 3
     assert run_distill(tmp_path / "r", "--Iteration", 4, "--resume") == 0
     assert same_set(tmp_path / "r/last.safetensors", straight / "last.safetensors")
-
-
-def test_wandb_offline_prints_how_to_upload(run_distill, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert run_distill(tmp_path / "r", "--Iteration", 1, "--disabled_wandb=false") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
-    folder = line.split("wandb sync ")[1]
-    assert folder.startswith(str(tmp_path / "r")) and list(os.scandir(folder))
 
 
 def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):

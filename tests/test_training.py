@@ -17,8 +17,9 @@ from utils import files
 from utils.matching import Pairs
 from utils.matching.learner import MIN_RATE, PairLearner
 from utils.scoring import training
-from utils.scoring.evaluation import evaluate_synset, fit_images, mean_and_std, recall_table
+from utils.scoring.evaluation import evaluate_synset, fit_images
 from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
+from utils.scoring.tables import mean_and_std, recall_table
 from utils.scoring.training import make_optimizer, train_epoch, train_on_pairs
 from utils.synset import SynSet
 

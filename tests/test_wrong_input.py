@@ -74,6 +74,14 @@ def test_set_that_does_not_say_how_it_was_made(run, capsys, key):
     assert str(run / "set.safetensors") in line and key in line
 
 
+def test_set_with_fewer_texts_than_pictures(run, capsys):
+    synset = load_synset(run / "best.safetensors")
+    synset.text_syn = synset.text_syn[:4]
+    save_synset(run / "set.safetensors", synset)
+    line = stderr_line(capsys, lambda: evaluate.main(["--synset", str(run / "set.safetensors")]))
+    assert str(run / "set.safetensors") in line and "6 pictures, 4 texts and 6 captions" in line
+
+
 def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     line = stderr_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")

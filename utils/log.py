@@ -1,12 +1,15 @@
 """Where numbers go: wandb (online, offline or off) and metrics.jsonl in the run folder."""
 
+import contextlib
 import json
 import netrc
 import os
+import shlex
 from pathlib import Path
 
 from data.errors import InputError
 
+ID_FILE = "wandb_run_id"
 PROJECT = "DatasetDistillation"
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 
@@ -14,34 +17,48 @@ WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 class Log:
     """One run's log. Every call appends the numbers to metrics.jsonl; media go to wandb alone.
 
+    A folder that was logged to before continues its wandb run, whose id it keeps in a file. wandb takes no step below
+    its last one: those that a resumed run repeats are in metrics.jsonl twice and on the dashboard once.
+
     Args:
         folder: the run folder, made if missing.
         settings: the command line's values, shown on the dashboard.
         name: of the wandb run; None lets wandb choose.
         disabled_wandb: log to metrics.jsonl only.
+        fresh: start a new wandb run whatever the folder holds.
 
     Raises:
         InputError: the folder cannot be written to, or wandb is asked for and not installed or cannot start.
     """
 
-    def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        name: str | None = None,
+        disabled_wandb: bool = False,
+        fresh: bool = False,
+    ):
         mode = None if disabled_wandb else _wandb_mode()
+        self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
-        self.run = _start_wandb(folder, settings, name, mode) if mode else None
+        run_id = None if fresh else _stored_id(folder)
+        self.first_step = _last_step(folder / "metrics.jsonl") if run_id else 0  # that wandb takes
+        self.run = _start_wandb(folder, settings, name, mode, run_id) if mode else None
 
     def __call__(self, values: dict, step: int) -> None:
         """Logs scalars (floats, or None for not measured) at `step`."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.run:
+        if self.run and step >= self.first_step:
             self.run.log(values, step=step)
 
     def media(self, step: int, pictures: dict | None = None, texts: dict | None = None, histograms: dict | None = None):
         """Shows PIL pictures, lists of sentences and tensors' histograms on the dashboard."""
-        if not self.run:
+        if not self.run or step < self.first_step:
             return
         import wandb
 
@@ -55,7 +72,24 @@ class Log:
         if self.run:
             self.run.finish()
             if self.run.settings.mode == "offline":
-                print(f"wandb ran offline; to upload: wandb sync {Path(self.run.dir).parent}")
+                # One folder for each start of the run; wandb sync takes those of one id in order of their start.
+                folders = sorted(self.folder.glob(f"wandb/offline-run-*-{self.run.id}"))
+                print(f"wandb ran offline; to upload: wandb sync {shlex.join(map(str, folders))}")
+
+
+def _stored_id(folder: Path) -> str | None:
+    """The id of the wandb run that was logged to from this folder."""
+    path = folder / ID_FILE
+    return (path.read_text().strip() or None) if path.exists() else None
+
+
+def _last_step(path: Path) -> int:
+    """The highest step in metrics.jsonl, 0 if there is none; a line cut short by a crash does not count."""
+    last = 0
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            last = max(last, json.loads(line)["step"])
+    return last
 
 
 def _wandb_mode() -> str:
@@ -65,13 +99,15 @@ def _wandb_mode() -> str:
     return mode
 
 
-def _start_wandb(folder: Path, settings: dict, name: str | None, mode: str):
+def _start_wandb(folder: Path, settings: dict, name: str | None, mode: str, run_id: str | None):
     try:
         import wandb
     except ImportError as error:
         raise InputError("wandb is not installed; pip install wandb, or pass --disabled_wandb") from error
     try:
-        return wandb.init(
+        run = wandb.init(
+            id=run_id,
+            resume="allow",
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=name,
             config=settings,
@@ -81,9 +117,13 @@ def _start_wandb(folder: Path, settings: dict, name: str | None, mode: str):
         )
     except (wandb.Error, ValueError) as error:
         reason = str(error).splitlines()[0]
+        anew = f", or remove {folder / ID_FILE} to start a new wandb run" if run_id else ""
         raise InputError(
-            f"wandb could not start ({reason}); set WANDB_MODE=offline or pass --disabled_wandb"
+            f"wandb could not start ({reason}); set WANDB_MODE=offline or pass --disabled_wandb{anew}"
         ) from error
+    if mode != "disabled" and run.id != run_id:
+        (folder / ID_FILE).write_text(f"{run.id}\n")
+    return run
 
 
 def _has_key() -> bool:

@@ -1,15 +1,12 @@
-"""A set of synthetic (or chosen real) pairs on disk, and pictures of it."""
+"""A set of synthetic (or chosen real) pairs on disk."""
 
-import textwrap
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from data.errors import InputError
-from data.transforms import denormalize
 from utils.files import open_tensors, save_tensors
 
 KIND = "set of pairs"
@@ -62,14 +59,18 @@ def load_synset(path: str | Path) -> SynSet:
     """Reads a set.
 
     Raises:
-        InputError: the file is missing, damaged, not a set of pairs, or lacks a part of one.
+        InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.
     """
     handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
+    tensors = {name: handle.get_tensor(name) for name in TENSORS}
+    problem = _misfit(tensors, metadata)
+    if problem:
+        raise InputError(f"{KIND} {path} is not whole: {problem}; make it again")
     return SynSet(
-        image_syn=handle.get_tensor("image_syn"),
-        text_syn=handle.get_tensor("text_syn"),
-        syn_lr_img=handle.get_tensor("syn_lr_img").item(),
-        syn_lr_txt=handle.get_tensor("syn_lr_txt").item(),
+        image_syn=tensors["image_syn"],
+        text_syn=tensors["text_syn"],
+        syn_lr_img=tensors["syn_lr_img"].item(),
+        syn_lr_txt=tensors["syn_lr_txt"].item(),
         captions=metadata["captions"],
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
@@ -79,67 +80,26 @@ def load_synset(path: str | Path) -> SynSet:
     )
 
 
-def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int = 5) -> Image.Image:
-    """The pictures in rows of `columns`, each `side` pixels wide with its caption under it."""
-    line_height, margin = side // 11, 4
-    cell_width, cell_height = side + margin, side + lines * line_height + margin
-    rows = -(-len(synset.captions) // columns)
-    columns = min(columns, len(synset.captions))
-    grid = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
-    for i, (picture, caption) in enumerate(zip(_as_bytes(_pixels(synset)), synset.captions, strict=True)):
-        place = margin + i % columns * cell_width, margin + i // columns * cell_height
-        _paste_pair(grid, place, picture, caption, side, lines)
-    return grid
-
-
-def before_and_after(first: SynSet, last: SynSet, count: int = 5, side: int = 144, gain: int = 4) -> Image.Image:
-    """The first `count` pairs of two sets of one run in columns, each picture `side` pixels wide.
-
-    In three rows: the pairs of `first` with their captions, those of `last`, and how far the pixels went from one to
-    the other, `gain` times, on grey.
-
-    Raises:
-        InputError: the sets differ in the number of their pairs or the size of their pictures.
-    """
-    if first.image_syn.shape != last.image_syn.shape:
-        shapes = " and ".join(str(tuple(synset.image_syn.shape)) for synset in (first, last))
-        raise InputError(f"the sets hold pictures of shapes {shapes}; give two sets of one run")
-    lines, line_height, margin = 5, side // 11, 8
-    change = 0.5 + gain * (_pixels(last) - _pixels(first))
-    rows = (
-        ("before", _pixels(first), first.captions),
-        (f"after {last.settings.get('iteration', '?')} iterations", _pixels(last), last.captions),
-        (f"change of the pixels, {gain} times", change, None),
-    )
-    count = min(count, len(first.captions))
-    cell_width, title_height = side + margin, 2 * line_height
-    row_height = title_height + side + lines * line_height + margin
-    size = count * cell_width + margin, 3 * row_height - lines * line_height
-    page = Image.new("RGB", size, "white")
-    for row, (title, pixels, captions) in enumerate(rows):
-        y = row * row_height + margin // 2
-        ImageDraw.Draw(page).text((margin, y), title, fill="black", font=ImageFont.load_default(size=side // 9))
-        for column, picture in enumerate(_as_bytes(pixels[:count])):
-            place = margin + column * cell_width, y + title_height
-            _paste_pair(page, place, picture, captions[column] if captions else "", side, lines)
-    return page
-
-
-def _pixels(synset: SynSet) -> torch.Tensor:
-    return denormalize(synset.image_syn.detach().float().cpu(), synset.mean, synset.std)
-
-
-def _as_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """[M, 3, H, W] in [0, 1], clamped -> uint8 [M, H, W, 3]."""
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def _paste_pair(page: Image.Image, place: tuple[int, int], picture, caption: str, side: int, lines: int) -> None:
-    """Puts a picture uint8 [H, W, 3] on the page, its upper left corner at `place`, and the caption under it."""
-    (x, y), font, draw = place, ImageFont.load_default(size=side // 12), ImageDraw.Draw(page)
-    whole_multiple = side % picture.shape[1] == 0  # then every pixel is seen as it is
-    resampling = Image.Resampling.NEAREST if whole_multiple else Image.Resampling.BICUBIC
-    page.paste(Image.fromarray(picture).resize((side, side), resampling), place)
-    draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgray")  # a white picture ends somewhere
-    for n, line in enumerate(textwrap.wrap(caption, width=22, max_lines=lines, placeholder=" …")):
-        draw.text((x, y + side + 2 + n * (side // 11)), line, fill="black", font=font)
+def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
+    """What keeps the parts from being M pairs with their rates and normalisation."""
+    image_syn, text_syn, captions = tensors["image_syn"], tensors["text_syn"], metadata["captions"]
+    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
+        return "captions is not a list of texts"
+    if image_syn.ndim != 4 or image_syn.shape[1] != 3 or 0 in image_syn.shape:
+        return f"image_syn is {list(image_syn.shape)} instead of [M, 3, H, W]"
+    if text_syn.ndim != 2 or 0 in text_syn.shape:
+        return f"text_syn is {list(text_syn.shape)} instead of [M, D_text]"
+    if not len(image_syn) == len(text_syn) == len(captions):
+        return f"it has {len(image_syn)} pictures, {len(text_syn)} texts and {len(captions)} captions"
+    if not (image_syn.is_floating_point() and text_syn.is_floating_point()):
+        return f"image_syn is {image_syn.dtype} and text_syn is {text_syn.dtype} instead of floats"
+    for name in ("syn_lr_img", "syn_lr_txt"):
+        rate = tensors[name]
+        if rate.numel() != 1 or not 0 < rate.item() < math.inf:
+            return f"{name} is {rate.tolist()} instead of one positive number"
+    for name in ("mean", "std"):
+        values = metadata[name]
+        numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
+            return f"{name} is {values} instead of three {'positive ' if name == 'std' else ''}numbers"
+    return None

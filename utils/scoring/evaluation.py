@@ -1,11 +1,9 @@
-"""Scoring a set of pairs: fresh models trained on it, their recalls, and the table."""
-
-import statistics
+"""Scoring a set of pairs: fresh models trained on it, and their recalls."""
 
 import torch
 import torch.nn.functional as F
 
-from utils.scoring.retrieval import RECALLS, evaluate_retrieval
+from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import train_on_pairs
 from utils.synset import SynSet
 
@@ -63,24 +61,3 @@ def evaluate_synset(
 @torch.no_grad()
 def _embedded(model, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     return torch.cat([model.embed_images(part) for part in images.split(batch_size)])
-
-
-def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Means and population standard deviations of each number over the models."""
-    columns = {key: [result[key] for result in results] for key in results[0]}
-    return {k: statistics.fmean(v) for k, v in columns.items()}, {k: statistics.pstdev(v) for k, v in columns.items()}
-
-
-def recall_table(rows: dict[tuple | str, list[dict[str, float]]], columns: tuple[str, ...] = ("set",)) -> str:
-    """Markdown: a row per entry, recalls in per cent as mean ± std over its models.
-
-    A key of `rows` is what stands in the first `columns`: a tuple, or a string if it is one column.
-    """
-    head = [*columns, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
-    lines = [head, ["---"] * len(head)]
-    for name, results in rows.items():
-        mean, std = mean_and_std(results)
-        lines.append(
-            [*([name] if isinstance(name, str) else name), *(f"{mean[key]:.1f} ± {std[key]:.1f}" for key in RECALLS)]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

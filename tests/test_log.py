@@ -1,0 +1,127 @@
+"""wandb: one run per folder, also offline and after a crash; every number in metrics.jsonl."""
+
+import os
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+
+from data.errors import InputError
+from utils.log import Log
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def folders_to_sync(capsys):
+    """What the printed command would upload."""
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+    return [Path(folder) for folder in shlex.split(line.split("wandb sync ")[1])]
+
+
+def wandb_id(folder):
+    return (folder / "wandb_run_id").read_text().strip()
+
+
+def test_resumed_run_continues_its_wandb_run(offline, run_distill, tmp_path, capsys):
+    run = tmp_path / "run of mine"
+    assert run_distill(run, "--Iteration", 1, "--disabled_wandb=false") == 0
+    first, (folder,) = wandb_id(run), folders_to_sync(capsys)
+    assert folder.parent == run / "wandb" and list(os.scandir(folder)) and folder.name.endswith(f"-{first}")
+    assert run_distill(run, "--Iteration", 2, "--disabled_wandb=false", "--resume") == 0
+    assert wandb_id(run) == first
+    both = folders_to_sync(capsys)
+    assert both[0] == folder and {path.name for path in both} == {
+        path.name for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-")
+    }
+    assert all(list(path.glob(f"run-{first}.wandb")) for path in both)
+    assert run_distill(tmp_path / "other", "--Iteration", 0, "--disabled_wandb=false") == 0
+    assert wandb_id(tmp_path / "other") != first
+
+
+def test_experts_added_later_continue_the_wandb_run_and_others_do_not(offline, run_buffer, tmp_path):
+    quick = "--train_epochs", 1, "--disabled_wandb=false", "--num_experts"
+    assert run_buffer(tmp_path, *quick, 1) == 0
+    folder = tmp_path / "tiny/test_nfnet/demo"
+    first = wandb_id(folder)
+    assert run_buffer(tmp_path, *quick, 2) == 0
+    assert wandb_id(folder) == first
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert run_buffer(tmp_path, *quick, 1, "--l2", 0.1) == 0
+    assert wandb_id(folder) != first
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Arguments of every wandb.init, and what reaches its runs; a step below the last one is an error."""
+    runs = []
+
+    def init(**kwargs):
+        logged = []
+
+        def log(values, step):
+            last = max((step for run in runs if run.id == run_id for step, _ in run.logged), default=0)
+            assert step >= last, f"wandb would ignore step {step} after {last}"
+            logged.append((step, values))
+
+        run_id = kwargs["id"] or f"id{len(runs)}"
+        settings = SimpleNamespace(mode="online")
+        runs.append(
+            SimpleNamespace(id=run_id, log=log, logged=logged, settings=settings, finish=lambda: None, kwargs=kwargs)
+        )
+        return runs[-1]
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
+
+
+def test_steps_that_a_killed_run_logged_already(started, tmp_path):
+    """Killed after step 57 with its last line half written, continued from 50."""
+    log = Log(tmp_path, {})
+    for step in range(58):
+        log({"loss": step}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 58, "lo\n')
+    log = Log(tmp_path, {})
+    for step in range(50, 61):
+        log({"loss": step}, step)
+        log.media(step, texts={"Synthetic_Sentences": ["a dog"]})
+    log.finish()
+    assert [run.id for run in started] == ["id0", "id0"]
+    assert all(run.kwargs["resume"] == "allow" for run in started)
+    numbers = [step for step, values in started[1].logged if "loss" in values]
+    pictures = [step for step, values in started[1].logged if "loss" not in values]
+    assert numbers == pictures == [57, 58, 59, 60]  # 57 may not have reached wandb whole
+    lines = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert len(lines) == 58 + 11
+
+
+def test_fresh_run_takes_all_steps(started, tmp_path):
+    Log(tmp_path, {})({"loss": 1.0}, 9)
+    log = Log(tmp_path, {}, fresh=True)
+    log({"loss": 1.0}, 0)
+    assert [run.id for run in started] == ["id0", "id1"] and started[1].logged == [(0, {"loss": 1.0})]
+    assert wandb_id(tmp_path) == "id1"
+
+
+def test_without_wandb_there_is_no_id(tmp_path):
+    Log(tmp_path, {}, disabled_wandb=True)({"loss": 1.0}, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_run_that_cannot_be_continued(started, tmp_path, monkeypatch):
+    Log(tmp_path, {})
+
+    def refuse(**kwargs):
+        raise wandb.Error(f"run {kwargs['id']} was deleted")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(InputError) as caught:
+        Log(tmp_path, {})
+    assert "run id0 was deleted" in str(caught.value) and str(tmp_path / "wandb_run_id") in str(caught.value)

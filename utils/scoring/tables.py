@@ -1,0 +1,94 @@
+"""Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
+
+A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
+network. A set's row also has `pairs`, `rates` and `texts`, how its texts were made ("learned", "nearest"); that of all
+data has `experts` and their `epochs`.
+"""
+
+import statistics
+from pathlib import Path
+
+from utils.scoring.retrieval import RECALLS
+
+ALL_DATA = "all data"
+COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
+
+
+def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means and population standard deviations of each number over the models."""
+    columns = {key: [result[key] for result in results] for key in results[0]}
+    return {k: statistics.fmean(v) for k, v in columns.items()}, {k: statistics.pstdev(v) for k, v in columns.items()}
+
+
+def recall_table(rows: dict[tuple | str, list[dict[str, float]]], columns: tuple[str, ...] = ("set",)) -> str:
+    """Markdown: a row per entry, recalls in per cent as mean ± std over its models.
+
+    A key of `rows` is what stands in the first `columns`: a tuple, or a string if it is one column.
+    """
+    head = [*columns, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
+    lines = [head, ["---"] * len(head)]
+    for name, results in rows.items():
+        mean, std = mean_and_std(results)
+        lines.append(
+            [*([name] if isinstance(name, str) else name), *(f"{mean[key]:.1f} ± {std[key]:.1f}" for key in RECALLS)]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def set_names(paths: list[str]) -> dict[str, str]:
+    """The sets' short names by path: the file's stem, or the whole path where two have the same stem."""
+    stems = [Path(path).stem for path in paths]
+    return {path: stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)}
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """The table of sets, encoders and recalls."""
+    names = _names(rows)
+    table = {}
+    for row in rows:
+        rates = " ".join(f"{rate:.3g}" for rate in row.get("rates", []))
+        label = names[row["set"]] if row["set"] == ALL_DATA else f"{names[row['set']]} ({_made(row)})"
+        table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
+    return recall_table(table, COLUMNS)
+
+
+def as_numbers(row: dict) -> dict:
+    """The row for a JSON file: without the single networks' recalls, with their mean, std and number."""
+    mean, std = mean_and_std(row["results"])
+    networks = len(row["results"])
+    return {**{k: v for k, v in row.items() if k != "results"}, "networks": networks, "mean": mean, "std": std}
+
+
+def compare_rows(rows: list[dict]) -> list[str]:
+    """A line per image encoder: mean recalls as multiples of the first set's and of all data's, where there are such.
+
+    Nothing can be said relative to a mean recall of 0.
+    """
+    lines, names = [], _names(rows)
+    for encoder in dict.fromkeys(row["image_encoder"] for row in rows):
+        recalls = {r["set"]: mean_and_std(r["results"])[0]["r_mean"] for r in rows if r["image_encoder"] == encoder}
+        sets = [path for path in recalls if path != ALL_DATA]
+        parts = []
+        for base, compared in ((sets[0], sets[1:]), (ALL_DATA, sets)):
+            if compared and recalls.get(base):
+                ratios = (f"{names[path]} {recalls[path] / recalls[base]:.2f}" for path in compared)
+                parts.append(f"of {names[base]}: {', '.join(ratios)}")
+        if parts:
+            lines.append(f"mean recall on {encoder} as a multiple {'; '.join(parts)}")
+    return lines
+
+
+def _names(rows: list[dict]) -> dict[str, str]:
+    names = set_names(list(dict.fromkeys(row["set"] for row in rows if row["set"] != ALL_DATA)))
+    for row in rows:
+        if row["set"] == ALL_DATA:
+            names[ALL_DATA] = f"{ALL_DATA} ({_count(row['experts'], 'expert')}, {_count(row['epochs'], 'epoch')})"
+    return names
+
+
+def _made(row: dict) -> str:
+    return row["method"] if row["texts"] == "learned" else f"{row['method']}, {row['texts']} captions"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
