@@ -139,7 +139,7 @@ def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
     line = f"training {factory.trains}: {counts['parameters_trained']:,} parameters"
     if counts["parameters_trained"] < counts["parameters_full"]:
         line += (
-            f" of {counts['parameters_full']:,} ({counts['reduction_percent']:.2f} % fewer), in the image encoder "
+            f" of {counts['parameters_full']:,} ({counts['reduction_percent']:.2f} % fewer), in the image tower "
             f"{counts['image_parameters_trained']:,} of {counts['image_parameters_full']:,} "
             f"({counts['image_reduction_percent']:.2f} % fewer)"
         )

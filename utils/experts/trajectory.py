@@ -231,8 +231,8 @@ def _read_released(folder: Path, names, max_files, max_experts) -> list[Released
 
 def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) -> None:
     for key in MUST_AGREE:
-        stored = trajectory.settings.get(key, settings[key])
-        if stored != settings[key]:
+        stored = trajectory.settings.get(key, settings.get(key))
+        if stored != settings.get(key):
             raise InputError(
                 f"expert {trajectory.path} was trained with {key}={stored}, this run has {key}={settings[key]}; "
                 "give the same value or another --buffer_path"

@@ -33,7 +33,7 @@ class Guard:
 
     def __init__(self, lr_lr: float | None):
         self.lr_lr = lr_lr
-        self.norms: list[tuple[float, float]] = []  # of pictures and texts, as they were let through
+        self.norms: list[list[float]] = []  # of pictures and texts, as they were let through
         self.limited = self.skipped_in_a_row = self.astray_in_a_row = 0
 
     def limit(self, matching: Matching, pairs: Pairs, iteration: int) -> tuple[Pairs, list[str]]:
@@ -61,7 +61,7 @@ class Guard:
                 reasons.append(f"of the {name} is {norms[i] / usual:.0f} times the usual one")
                 parts[i] = parts[i] * (FACTOR * usual / norms[i])
                 norms[i] = FACTOR * usual
-        self.norms = [*self.norms, tuple(norms)][-MEMORY:]
+        self.norms = [*self.norms, norms][-MEMORY:]
         for i, rate in ((2, pairs.syn_lr_img), (3, pairs.syn_lr_txt)):
             most = math.inf if not self.lr_lr else RATE_SHARE * rate.item() / self.lr_lr
             if abs(parts[i].item()) > most:
