@@ -44,9 +44,9 @@ def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, cap
     """Batches of 4 pairs; memory runs out in the second iteration."""
     real, calls = distill.matching_gradient, []
 
-    def second_is_full(*args):
+    def second_is_full(*args, **student):
         calls.append(args)
-        return real(*args) if len(calls) == 1 else full()
+        return real(*args, **student) if len(calls) == 1 else full()
 
     monkeypatch.setattr(distill, "matching_gradient", second_is_full)
     assert run_distill(tmp_path / "run", "--Iteration", 4, *flags) == 2

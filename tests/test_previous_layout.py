@@ -72,8 +72,11 @@ def test_set_is_read_and_trained_on(previous, capsys):
     assert "| best (initial) | 3 | test_vit |" in out and "| all data (1 expert, 2 epochs) |" in out
 
 
-def test_run_goes_on_as_it_would_have(previous):
-    assert distill.main([*ARGV, "--save_dir", "run", "--Iteration", "3", "--resume"]) == 0
+def test_run_goes_on_as_it_would_have(previous, capsys):
+    resume = [*ARGV, "--save_dir", "run", "--Iteration", "3", "--resume"]
+    assert distill.main(resume) == 2  # its student had the experts' temperature
+    assert "student_temperature=0.07" in capsys.readouterr().err
+    assert distill.main([*resume, "--student_temperature", "0.07"]) == 0
     last, known, before = (
         load_synset(path)
         for path in ("run/last.safetensors", "continued.safetensors", FIXTURES / "run/last.safetensors")
