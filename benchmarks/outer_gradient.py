@@ -3,6 +3,7 @@
     python -m benchmarks.outer_gradient --steps 2 4 8 --pairs 16
     python -m benchmarks.outer_gradient --steps 2 --pairs 100 500 --pair_chunk 20 --no_unroll
     python -m benchmarks.outer_gradient --image_encoder nfnet_l0 --image_size 224 --pairs 100 --steps 8 --device cuda
+    python -m benchmarks.outer_gradient --heads --image_encoder mobilenetv1_100 --image_size 160 --pairs 100 --steps 8
 
 The same networks, pairs and seeds in one run, taken in turns; the full unroll runs with torch's own activations.
 """
@@ -40,17 +41,30 @@ class Problem:
     The parameters are moved from their first values, where some gains are zero and hide most of the network.
     """
 
-    def __init__(self, args, num_pairs: int, dtype=torch.float32, bf16=False, own_activations=True, adapted=True):
+    def __init__(
+        self,
+        args,
+        num_pairs: int,
+        dtype=torch.float32,
+        bf16=False,
+        own_activations=True,
+        adapted=True,
+        every_step=False,
+    ):
         torch.manual_seed(0)
         encoder = build_image_encoder(args.image_encoder, args.image_size, pretrained=False)
         if args.lora_rank and adapted:
             add_lora(encoder, Lora(args.lora_rank, args.lora_rank, args.lora_layers))
-        model = CLIPModel(encoder, ProjectionHead(args.text_dim, encoder.width, dropout=0.0), bf16)
+        of_images = ProjectionHead(encoder.width, encoder.width, dropout=0.0) if args.heads else None
+        encoder.requires_grad_(not args.heads)
+        model = CLIPModel(encoder, ProjectionHead(args.text_dim, encoder.width, dropout=0.0), bf16, of_images)
         if not own_activations:
             put_back_activations(model)
         channels_last = {"memory_format": torch.channels_last}
         self.model = model.to(args.device, dtype).to(**channels_last).train()
         self.loss_fn = StudentLoss(self.model, args.temperature)
+        if every_step:
+            self.loss_fn.frozen_encoder = None
 
         def noise(*shape):
             return torch.randn(shape).to(args.device, dtype)
@@ -123,6 +137,9 @@ def measure(args, steps: int, num_pairs: int, rate: float) -> list[list[str]]:
         ways["ours"] = lambda: lean.ours(steps)
     for chunk in args.pair_chunk:
         ways[f"ours, chunks of {chunk}"] = lambda chunk=chunk: lean.ours(steps, chunk)
+    if args.heads:
+        repeated = Problem(args, num_pairs, every_step=True)
+        ways["encoder in every step"] = lambda: repeated.ours(steps, (args.pair_chunk or [None])[0])
     if args.lora_rank:
         whole = Problem(args, num_pairs, adapted=False)
         ways["ours, all weights"] = lambda: whole.ours(steps)
@@ -168,6 +185,7 @@ def parse_args(argv=None):
         "--precision", nargs="*", default=[], choices=("bf16", "tf32"), help="to run besides; on a CPU tf32 is emulated"
     )
     add("--float64", action="store_true", help="also compare with float64")
+    add("--heads", action="store_true", help="a frozen encoder and a projection on each side")
     add("--lora_rank", type=int, help="train low-rank updates of the image encoder in its place")
     add("--lora_layers", default="attn", help="which layers they update")
     add("--lr_img", type=float, default=0.01, help="rate of the image tower")
@@ -182,6 +200,7 @@ def main(argv=None):
     args = parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False
     adapted = f", adapters of rank {args.lora_rank} on {args.lora_layers}" if args.lora_rank else ""
+    adapted += ", frozen, with heads" if args.heads else ""
     print(f"{args.image_encoder}{adapted}, {args.image_size} px; {describe_machine(args.device)}\n")
     rate = matrix_rate(args.device)
     rows = [row for pairs in args.pairs for steps in args.steps for row in measure(args, steps, pairs, rate)]

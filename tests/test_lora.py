@@ -285,9 +285,7 @@ def test_mismatches_are_one_line(tiny, tmp_path, capsys):
     assert "lora_train=none, this run has lora_train=norm" in error(distill, *go, "--lora_train", "norm")
     state = build("test_vit").model.state_dict()
     save_file({k: v + 1 for k, v in state.items()}, tmp_path / "other.safetensors")
-    assert "over other frozen weights" in error(
-        distill, *go, "--image_checkpoint", str(tmp_path / "other.safetensors")
-    )
+    assert "over other frozen weights" in error(distill, *go, "--image_checkpoint", str(tmp_path / "other.safetensors"))
     experts = (*EXPERTS, "--num_experts", "2")
     assert "lora_layers=attn, this run has lora_layers=all" in error(
         buffer, *experts, "--lora_rank", "2", "--lora_alpha", "4", "--lora_layers", "all"
