@@ -5,6 +5,7 @@ the gradient of its distance to where the expert went back into pictures, text e
 """
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from utils.matching import (
     prepare,
     to_device,
 )
+from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
@@ -56,7 +58,7 @@ from utils.synset import SynSet, load_synset, picture_grid, save_synset
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
-    *("image_root", "ann_root", "buffer_path", "pair_chunk"),
+    *("image_root", "ann_root", "buffer_path", "pair_chunk", "report", "coreset"),
 }
 
 # A student that stays put has matching loss 2; one on real pairs may well begin a little above.
@@ -89,6 +91,8 @@ def parse_args(argv=None):
     add("--max_files", type=cli.count, help="read at most so many expert files")
     add("--max_experts", type=cli.count, help="read at most so many experts of a file (released layout)")
     parser.add_bool("draw", True, "save picture grids with captions")
+    parser.add_bool("report", True, "keep report.html in the run folder up to date: one page of the run")
+    add("--coreset", nargs="+", default=[], metavar="FILE", help="sets that the report compares the pairs with")
     parser.add_bool("std", True, "log mean and standard deviation over networks as Mean/... and Std/...")
     parser.add_bool("no_aug", False, "kept for compatibility: synthetic pairs are never augmented")
     cli.add_evaluation_flags(parser)
@@ -130,6 +134,10 @@ def main(argv=None):
     if args.resume:
         learner.load(run / "state.safetensors", vars(args), FREE_ON_RESUME)
         check_progress(run, learner.iteration, args.Iteration)
+    command = shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)])
+    compared = factory, judge, experts, args.coreset
+    sources = Sources(command, vars(args), real.captions, real_embed, validation, test, *compared)
+    page = RunReport(run, sources, args.report)
     log = Log(run, settings, args.name, args.disabled_wandb)
     log(training, step=learner.iteration)
     loss_fn = StudentLoss(model, args.temperature)
@@ -157,6 +165,7 @@ def main(argv=None):
                 keep_if_best(synset, results, learner, run)
                 save_progress()
                 report(log, run, synset, results, args)
+                page.update()
             if is_last:
                 break
 
@@ -179,10 +188,11 @@ def main(argv=None):
         prefetch.close()
 
     best = load_synset(run / "best.safetensors")
-    results = score(best, test, TEST_SEED, judge, args)
+    results = score(best, test, TEST_SEED, judge, args, page.on_model)
     log({f"Test/{key}": value for key, value in mean_and_std(results)[0].items()}, step=args.Iteration)
     print(f"best set by validation: {run / 'best.safetensors'}, iteration {best.settings['iteration']}; test split:")
     print(recall_table({f"{args.num_queries} distilled pairs, training {judge.trains}": results}))
+    page.finish(log, best, results)
     log.finish()
 
 
@@ -245,9 +255,9 @@ def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
     return SynSet(image_syn, text_syn, lr_img.item(), lr_txt.item(), captions, encoder.mean, encoder.std, settings)
 
 
-def score(synset: SynSet, retrieval, seed: int, factory, args) -> list[dict]:
+def score(synset: SynSet, retrieval, seed: int, factory, args, on_model=None) -> list[dict]:
     sizes = args.num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
-    problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed
+    problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed, on_model
     train, test = max(1, min(args.batch_train, args.num_queries) // 2), max(1, args.batch_size_test // 2)
     try:
         return guarded(

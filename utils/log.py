@@ -1,9 +1,13 @@
 """Where numbers go: wandb (online, offline or off) and metrics.jsonl in the run folder."""
 
+import contextlib
 import json
 import netrc
 import os
+import time
 from pathlib import Path
+
+from PIL import Image
 
 from data.errors import InputError
 
@@ -26,6 +30,7 @@ class Log:
 
     def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
         mode = None if disabled_wandb else _wandb_mode()
+        self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -34,7 +39,8 @@ class Log:
         self.run = _start_wandb(folder, settings, name, mode) if mode else None
 
     def __call__(self, values: dict, step: int) -> None:
-        """Logs scalars (floats, or None for not measured) at `step`."""
+        """Logs scalars (floats, or None for not measured) at `step`, and the seconds that the run has taken."""
+        values = {**values, "Seconds": round(time.monotonic() - self.started, 3)}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.run:
             self.run.log(values, step=step)
@@ -50,12 +56,31 @@ class Log:
         shown |= {name: wandb.Histogram(values.float().cpu().numpy()) for name, values in (histograms or {}).items()}
         self.run.log(shown, step=step)
 
+    def final(self, step: int, columns: list[str], rows: list[list], page: Path) -> None:
+        """Shows the final table, whose cells may be PIL pictures, and the HTML file `page` on the dashboard."""
+        if not self.run:
+            return
+        import wandb
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        table = wandb.Table(columns=columns, data=cells)
+        self.run.log({"Final_Table": table, "Report": wandb.Html(page, inject=False)}, step=step)
+
     def finish(self) -> None:
         self.file.close()
         if self.run:
             self.run.finish()
             if self.run.settings.mode == "offline":
                 print(f"wandb ran offline; to upload: wandb sync {Path(self.run.dir).parent}")
+
+
+def _seconds_before(path: Path) -> float:
+    """The seconds at the last whole line of an earlier run; 0 if there is none or it did not write them."""
+    seconds = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # the line that an interrupted run did not end
+            seconds = json.loads(line).get("Seconds", seconds)
+    return seconds
 
 
 def _wandb_mode() -> str:

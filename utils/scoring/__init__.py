@@ -1,7 +1,7 @@
 """What a set of pairs is worth: networks trained on it and their recall; real pairs chosen to compare with."""
 
 from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
-from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, mean_and_std, recall_table
+from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images, mean_and_std, recall_table
 from utils.scoring.features import embed_images, pair_features
-from utils.scoring.retrieval import evaluate_retrieval, nearest_captions
+from utils.scoring.retrieval import evaluate_retrieval, nearest_captions, nearest_with_cosine, retrieval_features
 from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs

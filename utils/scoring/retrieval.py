@@ -44,20 +44,43 @@ def _top(queries, database, block: int = 1024):
 @torch.no_grad()
 def evaluate_retrieval(model, retrieval_set, text_embed, batch_size: int, device) -> dict[str, float]:
     """Recalls of `model` on a `RetrievalSet` whose captions are embedded as text_embed [C, D_text]."""
+    image_features, text_features = retrieval_features(model, retrieval_set.images, text_embed, batch_size, device)
+    return recalls(image_features, text_features, retrieval_set.caption_to_image)
+
+
+@torch.no_grad()
+def retrieval_features(model, images, text_embed, batch_size: int, device):
+    """Normalised features of uint8 pictures [N, 3, H, W] and of texts [C, D_text]: [N, D] and [C, D] on the device."""
     was_training = model.training
     model.eval()
     encoder = model.image_encoder
     image_features = [
-        model.encode_image(normalize(images.to(device), encoder.mean, encoder.std))
-        for images in retrieval_set.images.split(batch_size)
+        model.encode_image(normalize(batch.to(device), encoder.mean, encoder.std)) for batch in images.split(batch_size)
     ]
     text_features = [model.encode_text(rows.to(device)) for rows in text_embed.split(8192)]
     model.train(was_training)
-    return recalls(torch.cat(image_features), torch.cat(text_features), retrieval_set.caption_to_image)
+    return torch.cat(image_features), torch.cat(text_features)
 
 
 def nearest_captions(text_syn, text_embed, captions: list[str]) -> list[str]:
     """The caption with the highest cosine similarity to each row: text_syn [M, D], text_embed [N, D]."""
+    return [nearest[0][0] for nearest in nearest_with_cosine(text_syn, text_embed, captions, num=1)]
+
+
+def nearest_with_cosine(text_syn, text_embed, captions: list[str], num: int) -> list[list[tuple[str, float]]]:
+    """For each row of text_syn [M, D] up to `num` distinct captions and their cosines, nearest first.
+
+    Args:
+        text_embed: [N, D], of the captions. One that several rows of it share counts once.
+    """
     queries = F.normalize(text_syn.detach().float().cpu(), dim=-1)
-    nearest = (queries @ F.normalize(text_embed.float(), dim=-1).T).argmax(dim=1)
-    return [captions[i] for i in nearest.tolist()]
+    cosines = queries @ F.normalize(text_embed.float(), dim=-1).T  # [M, N]
+    # Published captions hardly repeat; some spare ones are enough.
+    top = cosines.topk(min(8 * num if num > 1 else 1, len(captions)), dim=1)
+    nearest = []
+    for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        distinct = {}
+        for value, index in zip(values, indices, strict=True):
+            distinct.setdefault(captions[index], value)
+        nearest.append(list(distinct.items())[:num])
+    return nearest
