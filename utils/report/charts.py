@@ -14,7 +14,7 @@ CSS = {
 }
 INK, MUTED, GRID, FAINT, BLUE, ORANGE, GREEN, PURPLE = CSS
 STYLE = {
-    **{"svg.fonttype": "none", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False},
+    **{"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False},
     **{"text.color": INK, "axes.labelcolor": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED},
     **{"axes.edgecolor": GRID, "xtick.color": GRID, "ytick.color": GRID, "axes.grid": True, "grid.color": GRID},
     **{"grid.linewidth": 0.5, "legend.frameon": False, "legend.handlelength": 1.6, "axes.axisbelow": True},

@@ -80,10 +80,7 @@ def learning_charts(history: History) -> list[dict]:
 
 
 def _chart(name, title, lines, levels, xlabel, ylabel, scale="zero") -> dict:
-    told = [
-        f"{line.label}: {line.y[0]:.3g} at {line.x[0]:.6g}, {line.y[-1]:.3g} at {line.x[-1]:.6g} {xlabel}"
-        for line in lines
-    ]
+    told = [f"{line.label}: from {line.y[0]:.3g} to {line.y[-1]:.3g} at {line.x[-1]:.6g} {xlabel}" for line in lines]
     told += [f"{level.label}: {level.y:.3g}" for level in levels]
     alt = f"{title}. {'; '.join(told)}."
     return {"title": title, "svg": line_chart(name, alt, lines, levels, xlabel, ylabel, scale), "note": None}

@@ -143,7 +143,22 @@ def _render(groups: list[dict], settings: dict, rows: list[dict], context: dict)
         groups=groups,
         sentences=describe(settings),
         settings=sorted(settings.items()),
-        columns=TABLE_COLUMNS,
         recall_columns=list(RECALL_COLUMNS.values()),
-        rows=[table_cells(row) for row in rows],
+        **_narrow_table([table_cells(row) for row in rows]),
     )
+
+
+def _narrow_table(rows: list[list[dict]]) -> dict:
+    """Columns and rows without the columns that are the same in all rows, and a text that tells those."""
+    told = {
+        name: row[i]["text"]
+        for row in rows[:1]
+        for i, name in enumerate(TABLE_COLUMNS)
+        if name in ("image encoder", "trains") and len({other[i]["text"] for other in rows}) == 1
+    }
+    kept = [i for i, name in enumerate(TABLE_COLUMNS) if name not in told]
+    return {
+        "columns": [TABLE_COLUMNS[i] for i in kept],
+        "rows": [[row[i] for i in kept] for row in rows],
+        "alike": ", ".join(f"{name} {text}" for name, text in told.items()),
+    }

@@ -86,5 +86,5 @@ def data_uri(picture: torch.Tensor, side: int, quality: int = 80) -> str:
     lossless = max(image.size) <= LOSSLESS_SIDE
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    image.save(file, "WEBP", lossless=lossless, quality=quality, method=4)
+    image.save(file, "WEBP", lossless=lossless, quality=quality, method=0)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

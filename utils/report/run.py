@@ -94,7 +94,9 @@ class RunReport:
         self.known.setdefault("all_data", self._recalls_of_experts())
         self.known["coresets"] = self._validate_coresets()
         first, shown = first_and_shown(self.folder)
-        self.known["nearest"] = {str(s.settings["iteration"]): self._nearest(s) for s in (first, shown) if s}
+        found = self.known.get("nearest", {})
+        self.known["nearest"] = {"0": found.get("0") or self._nearest(first)} if first else {}
+        self.known["nearest"][str(shown.settings["iteration"])] = self._nearest(shown)
         self.known["map"] = self._map(first, shown)
         self._write()
 
@@ -189,6 +191,7 @@ class RunReport:
         expert = self._sample_features(sample, self._expert(self.sources.experts[0]))
         return {
             "iteration": best.settings["iteration"],
+            "pairs": len(best.captions),
             "captions": sample.captions,
             "pictures": thumbnails(sample),
             "set": search_ranks(*self.set_features),

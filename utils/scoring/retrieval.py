@@ -74,13 +74,15 @@ def nearest_with_cosine(text_syn, text_embed, captions: list[str], num: int) -> 
         text_embed: [N, D], of the captions. One that several rows of it share counts once.
     """
     queries = F.normalize(text_syn.detach().float().cpu(), dim=-1)
-    cosines = queries @ F.normalize(text_embed.float(), dim=-1).T  # [M, N]
+    database = F.normalize(text_embed.float(), dim=-1).T
     # Published captions hardly repeat; some spare ones are enough.
-    top = cosines.topk(min(8 * num if num > 1 else 1, len(captions)), dim=1)
+    spare = min(8 * num if num > 1 else 1, len(captions))
     nearest = []
-    for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        distinct = {}
-        for value, index in zip(values, indices, strict=True):
-            distinct.setdefault(captions[index], value)
-        nearest.append(list(distinct.items())[:num])
+    for rows in queries.split(128):
+        top = (rows @ database).topk(spare, dim=1)
+        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            distinct = {}
+            for value, index in zip(values, indices, strict=True):
+                distinct.setdefault(captions[index], value)
+            nearest.append(list(distinct.items())[:num])
     return nearest
