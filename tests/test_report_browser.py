@@ -42,7 +42,7 @@ def test_slider_by_keyboard_moves_the_cut(browser):
 
 
 def test_slider_by_mouse_moves_the_cut(browser):
-    browser.value("document.querySelector('article:nth-child(2)').scrollIntoView({behavior: 'instant'})")
+    browser.value("document.querySelector('article:nth-child(2)').scrollIntoView()")
     box = browser.value("document.querySelectorAll('.compare')[1].getBoundingClientRect().toJSON()")
     browser.click(box["x"] + 0.75 * box["width"], box["y"] + box["height"] / 2)
     cut = browser.value("document.querySelectorAll('.compare')[1].style.getPropertyValue('--cut')")

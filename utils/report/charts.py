@@ -17,7 +17,13 @@ STYLE = {
     **{"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False},
     **{"text.color": INK, "axes.labelcolor": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED},
     **{"axes.edgecolor": GRID, "xtick.color": GRID, "ytick.color": GRID, "axes.grid": True, "grid.color": GRID},
-    **{"grid.linewidth": 0.5, "legend.frameon": False, "legend.handlelength": 1.6, "axes.axisbelow": True},
+    **{
+        "grid.linewidth": 0.5,
+        "legend.frameon": False,
+        "legend.handlelength": 1.6,
+        "legend.fontsize": 8,
+        "axes.axisbelow": True,
+    },
 }
 SIZE = 4.4, 2.9  # inches; wide enough for a desktop's column, its text large enough on a phone
 

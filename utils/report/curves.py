@@ -2,12 +2,14 @@
 
 from utils.report.charts import BLUE, FAINT, GREEN, MUTED, ORANGE, PURPLE, Level, Line, line_chart, scatter_chart
 from utils.report.history import History, series
+from utils.report.words import ALL_DATA, references
 
 RECALLS = {
     **{"txt_r1": "TR@1", "txt_r5": "TR@5", "txt_r10": "TR@10"},
     **{"img_r1": "IR@1", "img_r5": "IR@5", "img_r10": "IR@10"},
 }
 COLOURS = BLUE, ORANGE, GREEN, PURPLE
+DASHES = "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))
 
 
 def recall_charts(history: History, known: dict) -> list[dict]:
@@ -45,14 +47,9 @@ def _levels(history: History, known: dict) -> list[Level]:
     levels = []
     if 0 in history.evaluations:
         levels.append(Level("initial pairs", history.evaluations[0]["r_mean"], MUTED, ":"))
-    if known.get("all_data"):
-        levels.append(Level("all data, experts", known["all_data"]["r_mean"], GREEN))
-    coresets = [row for row in known.get("coresets", []) if row["mean"]]
-    for i, row in enumerate(coresets):
-        dashes = ("-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))[i % 4]
-        levels.append(
-            Level(row["set"].split("/")[-1].removesuffix(".safetensors"), row["mean"]["r_mean"], ORANGE, dashes)
-        )
+    for i, row in enumerate(references(known)):
+        look = (GREEN, "--") if row["set"] == ALL_DATA else (ORANGE, DASHES[i % len(DASHES)])
+        levels.append(Level(row["name"], row["mean"]["r_mean"], *look))
     return levels
 
 

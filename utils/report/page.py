@@ -39,8 +39,8 @@ def write_run_page(folder: Path) -> None:
     context = _run_context(folder, read_history(folder / "metrics.jsonl"), known)
     context |= {
         "title": f"{len(shown.captions)} pairs distilled from {shown.settings.get('dataset', 'an unnamed dataset')}",
-        "table_note": "On the test split; each set trained with its own rates. evaluate.py --tune_rates compares sets "
-        "at the best rates of each.",
+        "about": None,
+        "table_note": "Each set has its own rates; evaluate.py --tune_rates compares at the best rates of each.",
     }
     save_text(folder / "report.html", _render([group], shown.settings, known.get("test", []), context))
 
@@ -69,9 +69,15 @@ def write_table_page(path: Path, sets: list[Path], rows: list[dict], command: st
         first = None if is_initial else next((s for s in [first_state(file), *initial] if _fits(s, synset)), None)
         groups.append(_group(file, first, synset, known if file.parent == run else {}))
     context = _run_context(run, read_history(run / "metrics.jsonl") if run else History(), known)
-    main = next((s for s in loaded.values() if "distilled" in str(s.settings.get("method"))), loaded[sets[0]])
-    context |= {"title": f"{len(sets)} sets of pairs of {main.settings.get('dataset')}", "command": command}
-    context["table_note"] = "On the test split. Rates: of the image and of the text tower."
+    of_run = [file for file in sets if file.parent == run]
+    main = loaded[of_run[0] if of_run else sets[0]]
+    context |= {
+        "title": f"{len(sets)} {'set' if len(sets) == 1 else 'sets'} of pairs from {main.settings.get('dataset')}",
+        "about": _name(of_run[0], main.settings) if of_run and len(sets) > 1 else None,
+        "command": command,
+        "folder": None,
+        "table_note": "Rates: of the image and of the text tower.",
+    }
     context["files"] = [
         {"name": str(f), "what": f"{len(s.captions)} pairs", "size": f.stat().st_size} for f, s in loaded.items()
     ]

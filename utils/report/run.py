@@ -13,8 +13,8 @@ from utils.log import Log
 from utils.report.charts import check_installed
 from utils.report.features import pair_features, principal_plane, search_ranks, take_sample, thumbnails
 from utils.report.page import write_run_page
-from utils.report.sets import KNOWN, first_and_shown, read_known
-from utils.report.words import TABLE_COLUMNS, table_cells
+from utils.report.sets import KNOWN, VERSION, first_and_shown, read_known
+from utils.report.words import ALL_DATA, TABLE_COLUMNS, table_cells
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
@@ -69,6 +69,11 @@ def read_coresets(paths: list[str], text_dim: int) -> dict[str, SynSet]:
     return sets
 
 
+def _summary(name: str, results: list[dict]) -> dict:
+    mean, std = mean_and_std(results)
+    return {"set": name, "networks": len(results), "mean": mean, "std": std}
+
+
 class RunReport:
     """The report of one run. Without `enabled` every call does nothing.
 
@@ -90,7 +95,7 @@ class RunReport:
         """Brings the page up to the sets and numbers that are in the folder now."""
         if not self.enabled:
             return
-        self.known["command"] = self.sources.command
+        self.known |= {"version": VERSION, "command": self.sources.command}
         self.known.setdefault("all_data", self._recalls_of_experts())
         self.known["coresets"] = self._validate_coresets()
         first, shown = first_and_shown(self.folder)
@@ -128,9 +133,9 @@ class RunReport:
         return nearest_with_cosine(synset.text_syn, self.sources.text_embed, self.sources.captions, NEAREST)
 
     def _recalls_of_experts(self) -> dict | None:
-        """Means over the experts of the recalls on validation after their last epoch, None if they do not say."""
+        """Recalls on validation of the experts after their last epoch as {set, mean, std}; None if they do not say."""
         last = [expert.recalls[-1] for expert in self.sources.experts if expert.recalls]
-        return mean_and_std(last)[0] if last else None
+        return _summary(ALL_DATA, last) if last else None
 
     def _score(self, name: str, synset: SynSet, retrieval, seed: int) -> list[dict] | None:
         """Recalls of networks trained on a set that is compared with; None, and a line, if their loss diverges."""
@@ -143,13 +148,11 @@ class RunReport:
 
     def _validate_coresets(self) -> list[dict]:
         done = {row["set"]: row for row in self.known.get("coresets", [])}
-        rows = []
         for path, synset in self.coresets.items():
             if path not in done:
                 results = self._score(path, synset, self.sources.validation, VALIDATION_SEED)
-                done[path] = {"set": path, "mean": mean_and_std(results)[0] if results else {}}
-            rows.append(done[path])
-        return rows
+                done |= {path: _summary(path, results)} if results else {}
+        return [done[path] for path in self.coresets if path in done]
 
     def _test_rows(self, best: SynSet, results: list[dict]) -> list[tuple[dict, SynSet | None]]:
         first = first_and_shown(self.folder)[0]
@@ -161,12 +164,11 @@ class RunReport:
             if scores:
                 rows.append((self._row(name, synset, scores), synset))
         rows.append((self._row(f"best, iteration {best.settings['iteration']}", best, results), best))
-        rows.append((self._row("all data, the experts", None, self._test_experts()), None))
+        rows.append((self._row(ALL_DATA, None, self._test_experts()), None))
         return rows
 
     def _row(self, name: str, synset: SynSet | None, results: list[dict]) -> dict:
-        mean, std = mean_and_std(results)
-        row = {"set": name, "networks": len(results), "mean": mean, "std": std, "trains": self.sources.judge.trains}
+        row = {**_summary(name, results), "trains": self.sources.judge.trains}
         row["image_encoder"] = self.sources.settings["image_encoder"]
         if synset is None:
             return {**row, "trains": self.sources.factory.trains}

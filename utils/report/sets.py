@@ -8,6 +8,7 @@ from utils.synset import SynSet, load_synset
 
 FIRST = "iteration_000000.safetensors"
 KNOWN = "report.json"
+VERSION = 1  # of report.json; one of another version is made anew
 
 
 def first_and_shown(folder: Path) -> tuple[SynSet | None, SynSet]:
@@ -40,9 +41,9 @@ def try_load(path: Path) -> SynSet | None:
 
 
 def read_known(folder: Path) -> dict:
-    """What earlier reports of the run wrote to report.json; nothing if it is missing or damaged."""
+    """What earlier reports of the run wrote to report.json; nothing if it is missing, damaged or of another version."""
     try:
         known = json.loads((folder / KNOWN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return known if isinstance(known, dict) and known.get("version") == VERSION else {}

@@ -9,6 +9,7 @@ RECALL_COLUMNS = {
     **{"img_r1": "IR@1", "img_r5": "IR@5", "img_r10": "IR@10", "r_mean": "mean"},
 }
 TABLE_COLUMNS = ["set", "pairs", "image encoder", "rates", "trains", *RECALL_COLUMNS.values()]
+ALL_DATA = "all data, the experts"  # what the reader calls the experts
 FILES = {
     "best.safetensors": "the best set by validation: pictures, text embeddings, rates, settings",
     "last.safetensors": "the set of the last evaluation or stop",
@@ -25,7 +26,7 @@ def describe(settings: dict) -> list[str]:
     """Sentences on how a set was made, as far as its settings say."""
     if not str(settings.get("method", "")).startswith(("distilled", "initial")):
         return [f"Real pairs of {settings.get('dataset')}, chosen by {settings.get('method')}."]
-    pictures, texts = ("real" if settings.get(key) == "real" else "noise as" for key in ("pix_init", "txt_init"))
+    pictures, texts = ("real" if settings.get(key) == "real" else "noise for" for key in ("pix_init", "txt_init"))
     told = [
         "{num_queries} pairs of a picture ({image_size} × {image_size} pixels) and a text embedding stand for all "
         f"training pairs of {{dataset}}. They start from {pictures} pictures and {texts} texts."
@@ -37,7 +38,7 @@ def describe(settings: dict) -> list[str]:
     )
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
-    told.append("Learned for {Iteration} iterations, at rates {lr_img:g} for pixels and {lr_txt:g} for texts.")
+    told.append("The run has {Iteration} iterations, at rates {lr_img:g} for pixels and {lr_txt:g} for texts.")
     told.append(
         "Every {eval_it} iterations {num_eval} fresh networks train on the pairs for {epoch_eval_train} epochs; "
         "their recall on the validation split is what the curves show, and what the best set is chosen by."
@@ -61,12 +62,15 @@ def headline(history: History, known: dict) -> list[dict]:
     best = history.best()
     if best:
         tiles.append({"label": f"best, iteration {best}", "value": _plus_minus(history.evaluations[best])})
-    for row in known.get("coresets", []):
-        if row["mean"]:
-            tiles.append({"label": Path(row["set"]).stem, "value": f"{row['mean']['r_mean']:.1f}"})
-    if known.get("all_data"):
-        tiles.append({"label": "all data, the experts", "value": f"{known['all_data']['r_mean']:.1f}"})
+    for row in references(known):
+        tiles.append({"label": row["name"], "value": f"{row['mean']['r_mean']:.1f} ± {row['std']['r_mean']:.1f}"})
     return tiles
+
+
+def references(known: dict) -> list[dict]:
+    """What the pairs are compared with on validation, coresets first: {name, mean, std}."""
+    rows = [*known.get("coresets", []), known.get("all_data")]
+    return [{**row, "name": row["set"].split("/")[-1].removesuffix(".safetensors")} for row in rows if row]
 
 
 def _plus_minus(line: dict) -> str:
