@@ -53,6 +53,7 @@ def test_page_has_every_pair_before_and_after_and_the_difference(page, straight)
         expected = (0.5 + gain * (after[i] - before[i])).clip(0, 1)
         assert np.abs(difference - expected).max() < 0.02 + 0.05 * np.abs(after[i] - before[i]).max()
     assert all(image["alt"].startswith(("Pair ", "Difference of pair ")) for image in page.of("img"))
+    assert all(image["width"] == image["height"] == "32" for image in page.of("img"))  # nothing jumps while they load
 
 
 def test_pairs_say_how_far_they_moved(page, straight):

@@ -126,6 +126,12 @@ def test_phone_has_no_sideways_scrolling_and_no_jumps(browser, straight, scheme)
     })"""
     result = browser.call("Runtime.evaluate", expression=shift, awaitPromise=True, returnByValue=True)
     assert result["result"]["value"] < 0.01
+    heights = browser.value("""(input => [...document.querySelectorAll("#captions option")].map(option => {
+        input.value = option.value;
+        input.dispatchEvent(new Event("input"));
+        return document.documentElement.scrollHeight;
+    }))(document.querySelector("#search input"))""")
+    assert len(set(heights)) == 1
     red = int(browser.value("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
     assert (red > 200) == (scheme == "light")
     unnamed = browser.value(

@@ -50,15 +50,15 @@ if (data) {
     return element;
   };
   const list = ({ first, rank }, own) => make("ol", { className: "ranked" }, ...first.map((picture, i) => {
-    const right = picture === own, alt = search.captions[picture];
+    const right = picture === own, alt = search.captions[picture] + (right ? " (the right picture)" : "");
     const image = make("img", { src: search.pictures[picture], width: 112, height: 112, alt });
-    return make("li", { className: right ? "right" : "" }, image, right ? `${i + 1} ✓ right` : `${i + 1}`);
+    return make("li", { className: right ? "right" : "" }, image, `${i + 1}${right ? " ✓" : ""}`);
   }));
   const show = () => {
     const own = search.captions.indexOf(input.value.trim());
     if (own < 0) return;
     found.replaceChildren(...[["set", "Trained on the pairs"], ["expert", "Expert"]].flatMap(([key, name]) => [
-      make("h3", {}, `${name}: the right picture ranks ${search[key][own].rank} of ${search.pictures.length}`),
+      make("h3", {}, name, make("small", {}, `the right picture ranks ${search[key][own].rank} of ${search.pictures.length}`)),
       list(search[key][own], own),
     ]));
   };
