@@ -1,9 +1,15 @@
-"""A headless Chromium driven over its own debugging pipe: no driver, no network."""
+"""A headless Chromium driven over its own debugging pipe: no driver, no network.
 
+python -m tests.chromium PAGE.html PICTURE.png WIDTH HEIGHT [ELEMENT [light|dark]] takes a picture of a page.
+"""
+
+import base64
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -124,5 +130,17 @@ class Chromium:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self) -> bytes:
-        """PNG of what the window shows, base64."""
-        return self.call("Page.captureScreenshot", format="png")["data"]
+        """PNG of what the window shows."""
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+
+def main(page: str, picture: str, width: str, height: str, element: str = "html", scheme: str = "light") -> None:
+    """Saves a picture of a page from the first `element` (a CSS selector) on."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Chromium(Path(folder)) as browser:
+        browser.open(Path(page).resolve(), int(width), int(height), scheme)
+        browser.value(f"document.querySelector({json.dumps(element)}).scrollIntoView()")
+        Path(picture).write_bytes(browser.screenshot())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
