@@ -30,9 +30,9 @@ class Log:
 
     def __init__(self, folder: Path, settings: dict, name: str | None = None, disabled_wandb: bool = False):
         mode = None if disabled_wandb else _wandb_mode()
-        self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
