@@ -5,6 +5,7 @@ the gradient of its distance to where the expert went back into pictures, text e
 """
 
 import functools
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from utils.matching import (
 )
 from utils.pictures import picture_grid
 from utils.recipes import RELEASED_STUDENT
+from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
@@ -61,7 +63,7 @@ from utils.synset import SynSet, load_synset, save_synset
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
-    *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe"),
+    *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe", "report", "coreset"),
 }
 # What runs were made with that lack a setting; their student had the temperature of the experts.
 ADDED = {"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False}
@@ -119,6 +121,8 @@ def parse_args(argv=None):
     add("--max_files", type=cli.count, help="read at most so many expert files")
     add("--max_experts", type=cli.count, help="read at most so many experts of a file (released layout)")
     parser.add_bool("draw", True, "save picture grids with captions")
+    parser.add_bool("report", True, "keep report.html in the run folder up to date: one page of the run")
+    add("--coreset", nargs="+", default=[], metavar="FILE", help="sets that the report compares the pairs with")
     parser.add_bool("std", True, "log mean and standard deviation over networks as Mean/... and Std/...")
     parser.add_bool("no_aug", False, "kept for compatibility: synthetic pairs are never augmented")
     cli.add_recipe_flag(parser)
@@ -135,7 +139,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_frozen(args)
     check_run_folder(Path(args.save_dir), args.resume)
-    run = Distillation(args)
+    run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
     with saved_when_stopped(run):
         while True:
             if run.is_due():
@@ -147,9 +151,12 @@ def main(argv=None):
 
 
 class Distillation:
-    """One run: the experts, the real pairs, and the synthetic ones that are learned from them."""
+    """One run: the experts, the real pairs, and the synthetic ones that are learned from them.
 
-    def __init__(self, args):
+    `command` is the command line, for the report.
+    """
+
+    def __init__(self, args, command: str):
         self.args, self.folder, device = args, Path(args.save_dir), find_device(args)
 
         # Fresh models, and the experts to match.
@@ -179,12 +186,16 @@ class Distillation:
             self.learner.load(self.folder / "state.safetensors", vars(args), FREE_ON_RESUME, added)
             check_progress(self.folder, self.learner.iteration, args.Iteration)
 
-        # The student, what it reads ahead, and the log.
+        # The student, what it reads ahead, the page and the log.
         self.loss_fn = StudentLoss(model, args.student_temperature)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         self.pair_chunk = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size)
         self.prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
+        compared = factory, self.judge, experts, args.coreset
+        texts = self.real.captions, self.real_embed
+        sources = Sources(command, vars(args), *texts, self.validation, self.test, *compared)
+        self.page = RunReport(self.folder, sources, args.report)
         self.log = Log(self.folder, settings, args.name, args.disabled_wandb)
         self.log(training, step=self.learner.iteration)
         self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=None)
@@ -219,11 +230,12 @@ class Distillation:
         keep_if_best(synset, results, self.learner, self.folder)
         self.save()
         report(self.log, self.folder, synset, results, self.args)
+        self.page.update()
 
     def report_test(self) -> None:
         """Scores the set that did best on validation on the test split."""
         best = load_synset(self.folder / "best.safetensors")
-        results = score(best, self.test, TEST_SEED, self.judge, self.args)
+        results = score(best, self.test, TEST_SEED, self.judge, self.args, self.page.on_model)
         mean = mean_and_std(results)[0]
         self.log({f"Test/{key}": value for key, value in mean.items()}, step=self.args.Iteration)
         iteration = best.settings["iteration"]
@@ -231,6 +243,7 @@ class Distillation:
         print(recall_table({f"{self.args.num_queries} distilled pairs, training {self.judge.trains}": results}))
         pictures = f"pictures in {self.folder}/synthetic_images_*.png, " if self.args.draw else ""
         print(f"sets in {self.folder}/iteration_*.safetensors, {pictures}numbers in {self.folder}/metrics.jsonl")
+        self.page.finish(self.log, best, results)
         self.log.finish()
 
     def current_set(self) -> SynSet:
@@ -314,9 +327,9 @@ def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
     return SynSet(image_syn, text_syn, lr_img.item(), lr_txt.item(), captions, encoder.mean, encoder.std, settings)
 
 
-def score(synset: SynSet, retrieval, seed: int, factory, args) -> list[dict]:
+def score(synset: SynSet, retrieval, seed: int, factory, args, on_model=None) -> list[dict]:
     sizes = args.num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
-    problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed
+    problem = factory, synset, retrieval, *sizes, args.temperature, seed + args.seed, on_model
     train, test = max(1, min(args.batch_train, args.num_queries) // 2), max(1, args.batch_size_test // 2)
     try:
         return guarded(

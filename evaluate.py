@@ -6,6 +6,7 @@ with; another encoder than a set's own shows how the set transfers to it.
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from utils import cli
 from utils.experts import LORA, find_trajectories
 from utils.export import export_sets
 from utils.recipes import DEMO_DATA, recipe_defaults
+from utils.report import check_installed, write_table_page
 from utils.scoring import (
     ALL_DATA,
     TEST_SEED,
@@ -81,6 +83,7 @@ def parse_args(argv=None):
     )
     add("--markdown", metavar="FILE", help="write the table to this file")
     add("--json", metavar="FILE", help="write the numbers to this file")
+    add("--report", metavar="FILE", help="write a page with the table, the pairs and the curves of their run: HTML")
     cli.add_evaluation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_network_flags(parser, several=True)
@@ -110,6 +113,8 @@ def settings_of_first_set(args) -> dict:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    if args.report:
+        check_installed()
     synsets = {path: with_rates(load_set(path), args) for path in args.synset}
     if args.export:
         export(synsets, args)
@@ -147,6 +152,9 @@ def main(argv=None):
                 rows.append(row)
                 announce(row)
     write_tables(rows, args)
+    if args.report:
+        command = shlex.join(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+        write_table_page(Path(args.report), list(map(Path, args.synset)), [as_numbers(row) for row in rows], command)
 
 
 def with_rates(synset: SynSet, args) -> SynSet:

@@ -240,11 +240,15 @@ def _fixed_randomness(seed):
 
 @dataclass
 class RetrievalSet:
-    """Pictures uint8 [N, 3, H, W], the captions of all of them, and each caption's picture int64 [C]."""
+    """Pictures uint8 [N, 3, H, W], the captions of all of them, and each caption's picture int64 [C].
+
+    `image_embed` [N, D_enc] is what a frozen image encoder gives for the pictures, where that is known.
+    """
 
     images: torch.Tensor
     captions: list[str]
     caption_to_image: torch.Tensor
+    image_embed: torch.Tensor | None = None
 
 
 def load_retrieval_set(records: list[Record], paths: list[Path], image_size: int) -> RetrievalSet:

@@ -62,17 +62,19 @@ def experts(run_buffer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_distill(tiny_argv, experts):
     def run(save_dir, *more):
+        """Without a report, unless --report is among `more`."""
         argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(experts), "--save_dir", str(save_dir)]
-        return distill.main([*argv, *map(str, more)])
+        report = [] if "--report" in more else ["--no_report"]
+        return distill.main([*argv, *report, *map(str, more)])
 
     return run
 
 
 @pytest.fixture(scope="session")
 def straight(run_distill, tmp_path_factory):
-    """Run folder of four iterations."""
+    """Run folder of four iterations, with a report."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    assert run_distill(folder, "--Iteration", 4) == 0
+    assert run_distill(folder, "--Iteration", 4, "--report") == 0
     return folder
 
 

@@ -182,7 +182,7 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
     generator = torch.Generator().manual_seed(0)
     retrieval = pictures, torch.randn(len(pictures.captions), 128, generator=generator)
     once = embedded_once(retrieval, factory, 3)
-    assert once[0].images.shape == (len(records_paths), encoder.width)
+    assert once[0].image_embed.shape == (len(records_paths), encoder.width)
     (result,) = evaluate_synset(factory, synset, once, 1, 3, 4, 5, 32, 0.07, seed=30)
     model = factory.fresh(30)
     images = fit_images(synset, 32, encoder.mean, encoder.std)

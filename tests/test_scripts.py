@@ -104,7 +104,7 @@ def test_arguments_of_the_encoder_go_through_all_scripts(run_buffer, run_distill
 
 def test_run_folder_holds_sets_pictures_and_state(straight):
     assert set(os.listdir(straight)) == {
-        *("best.safetensors", "last.safetensors", "state.safetensors", "metrics.jsonl"),
+        *("best.safetensors", "last.safetensors", "state.safetensors", "metrics.jsonl", "report.html", "report.json"),
         *(f"iteration_{i:06d}.safetensors" for i in (0, 2, 4)),
         *(f"synthetic_images_{i:06d}.png" for i in (0, 2, 4)),
     }

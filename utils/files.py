@@ -1,4 +1,4 @@
-"""Safetensors files that are written whole or not at all, with JSON in their metadata; saving in the background."""
+"""Files that are written whole or not at all: safetensors with JSON in their metadata, text; background saving."""
 
 import json
 import os
@@ -70,6 +70,25 @@ def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensor
     if lacking:
         raise InputError(f"{kind} {path} lacks {', '.join(lacking)}; make it again")
     return handle, metadata
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 `text` to `path` by way of a temporary name.
+
+    Raises:
+        InputError: the file cannot be written. What stood there before remains.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); free some space or give another file") from error
 
 
 class BackgroundSaver:

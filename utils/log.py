@@ -5,7 +5,10 @@ import json
 import netrc
 import os
 import shlex
+import time
 from pathlib import Path
+
+from PIL import Image
 
 from data.errors import InputError
 
@@ -43,6 +46,7 @@ class Log:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
             raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
@@ -51,7 +55,8 @@ class Log:
         self.run = _start_wandb(folder, settings, name, mode, run_id) if mode else None
 
     def __call__(self, values: dict, step: int) -> None:
-        """Logs scalars (floats, or None for not measured) at `step`."""
+        """Logs scalars (floats, or None for not measured) at `step`, and the seconds that the run has taken."""
+        values = {**values, "Seconds": round(time.monotonic() - self.started, 3)}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.run and step >= self.first_step:
             self.run.log(values, step=step)
@@ -66,6 +71,16 @@ class Log:
         shown |= {name: wandb.Html("<br>".join(lines)) for name, lines in (texts or {}).items()}
         shown |= {name: wandb.Histogram(values.float().cpu().numpy()) for name, values in (histograms or {}).items()}
         self.run.log(shown, step=step)
+
+    def final(self, step: int, columns: list[str], rows: list[list], page: Path) -> None:
+        """Shows the final table, whose cells may be PIL pictures, and the HTML file `page` on the dashboard."""
+        if not self.run:
+            return
+        import wandb
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        table = wandb.Table(columns=columns, data=cells)
+        self.run.log({"Final_Table": table, "Report": wandb.Html(page, inject=False)}, step=step)
 
     def finish(self) -> None:
         self.file.close()
@@ -90,6 +105,15 @@ def _last_step(path: Path) -> int:
         with contextlib.suppress(ValueError):
             last = max(last, json.loads(line)["step"])
     return last
+
+
+def _seconds_before(path: Path) -> float:
+    """The seconds at the last whole line of an earlier run; 0 if there is none or it did not write them."""
+    seconds = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # the line that an interrupted run did not end
+            seconds = json.loads(line).get("Seconds", seconds)
+    return seconds
 
 
 def _wandb_mode() -> str:

@@ -1,9 +1,15 @@
 """What a set of pairs is worth: networks trained on it and their recall; real pairs chosen to compare with."""
 
 from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
-from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset
+from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images
 from utils.scoring.features import EmbedLoader, embed_images, embed_views, pair_features
-from utils.scoring.retrieval import embedded_once, evaluate_retrieval, nearest_captions
+from utils.scoring.retrieval import (
+    embedded_once,
+    evaluate_retrieval,
+    nearest_captions,
+    nearest_with_cosine,
+    retrieval_features,
+)
 from utils.scoring.tables import (
     ALL_DATA,
     as_numbers,

@@ -1,5 +1,7 @@
 """Scoring a set of pairs: fresh models trained on it, and their recalls."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +37,7 @@ def evaluate_synset(
     image_size: int,
     temperature: float,
     seed: int,
+    on_model: Callable | None = None,
 ) -> list[dict[str, float]]:
     """Recalls of `num_eval` fresh models, each trained on the set alone with the set's rates.
 
@@ -42,6 +45,7 @@ def evaluate_synset(
         factory: `ModelFactory` of the encoders to train.
         retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on, see also `embedded_once`.
         seed: model k starts from seed + k.
+        on_model: called with each trained model; the next one takes its storage.
     """
     images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
@@ -55,6 +59,8 @@ def evaluate_synset(
         loss = train_on_pairs(model, images, text_embed, *rates, epochs, batch_size, temperature, seed + k)
         recall = evaluate_retrieval(model, *retrieval, batch_size_test, factory.device)
         results.append({**recall, "train_loss": loss})
+        if on_model is not None:
+            on_model(model)
     return results
 
 

@@ -45,17 +45,26 @@ def _top(queries, database, block: int = 1024):
 
 @torch.no_grad()
 def evaluate_retrieval(model, retrieval_set, text_embed, batch_size: int, device) -> dict[str, float]:
-    """Recalls of `model` on a `RetrievalSet` whose captions are embedded as text_embed [C, D_text].
+    """Recalls of `model` on a `RetrievalSet` whose captions are embedded as text_embed [C, D_text]."""
+    images = retrieval_set.images if retrieval_set.image_embed is None else retrieval_set.image_embed
+    image_features, text_features = retrieval_features(model, images, text_embed, batch_size, device)
+    return recalls(image_features, text_features, retrieval_set.caption_to_image)
 
-    Its pictures may be those of `embedded_once`.
+
+@torch.no_grad()
+def retrieval_features(model, images, text_embed, batch_size: int, device):
+    """Normalised features of pictures and of texts [C, D_text]: [N, D] and [C, D] on the device.
+
+    Args:
+        images: uint8 [N, 3, H, W], or what a frozen image encoder gave for them [N, D_enc].
     """
     was_training = model.training
     model.eval()
-    image_embed = embed_pictures(model, retrieval_set.images, batch_size, device)
+    image_embed = embed_pictures(model, images, batch_size, device)
     image_features = [model.encode_image(rows) for rows in image_embed.split(8192)]
     text_features = [model.encode_text(rows.to(device)) for rows in text_embed.split(8192)]
     model.train(was_training)
-    return recalls(torch.cat(image_features), torch.cat(text_features), retrieval_set.caption_to_image)
+    return torch.cat(image_features), torch.cat(text_features)
 
 
 def embed_pictures(model, images, batch_size: int, device):
@@ -68,16 +77,35 @@ def embed_pictures(model, images, batch_size: int, device):
 
 @torch.no_grad()
 def embedded_once(retrieval, factory, batch_size: int):
-    """(RetrievalSet, text_embed) with the pictures' embeddings in their place, if the factory's encoder is frozen."""
+    """(RetrievalSet, text_embed), the set with its `image_embed` if the factory's image encoder is frozen."""
     retrieval_set, text_embed = retrieval
     if factory.image_trainable:
         return retrieval
     image_embed = embed_pictures(factory.fresh(0).eval(), retrieval_set.images, batch_size, factory.device)
-    return replace(retrieval_set, images=image_embed), text_embed
+    return replace(retrieval_set, image_embed=image_embed), text_embed
 
 
 def nearest_captions(text_syn, text_embed, captions: list[str]) -> list[str]:
     """The caption with the highest cosine similarity to each row: text_syn [M, D], text_embed [N, D]."""
+    return [nearest[0][0] for nearest in nearest_with_cosine(text_syn, text_embed, captions, num=1)]
+
+
+def nearest_with_cosine(text_syn, text_embed, captions: list[str], num: int) -> list[list[tuple[str, float]]]:
+    """For each row of text_syn [M, D] up to `num` distinct captions and their cosines, nearest first.
+
+    Args:
+        text_embed: [N, D], of the captions. One that several rows of it share counts once.
+    """
     queries = F.normalize(text_syn.detach().float().cpu(), dim=-1)
-    nearest = (queries @ F.normalize(text_embed.float(), dim=-1).T).argmax(dim=1)
-    return [captions[i] for i in nearest.tolist()]
+    database = F.normalize(text_embed.float(), dim=-1).T
+    # Published captions hardly repeat; some spare ones are enough.
+    spare = min(8 * num if num > 1 else 1, len(captions))
+    nearest = []
+    for rows in queries.split(128):
+        top = (rows @ database).topk(spare, dim=1)
+        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            distinct = {}
+            for value, index in zip(values, indices, strict=True):
+                distinct.setdefault(captions[index], value)
+            nearest.append(list(distinct.items())[:num])
+    return nearest
