@@ -10,6 +10,7 @@ from torch import Tensor
 from data.errors import InputError
 from utils.files import save_text
 from utils.log import Log
+from utils.pictures import picture_grid
 from utils.report.charts import check_installed
 from utils.report.features import pair_features, principal_plane, search_ranks, take_sample, thumbnails
 from utils.report.page import write_run_page
@@ -24,7 +25,7 @@ from utils.scoring import (
     mean_and_std,
     nearest_with_cosine,
 )
-from utils.synset import SynSet, load_synset, picture_grid
+from utils.synset import SynSet, load_synset
 
 NEAREST = 3  # captions shown of each pair
 MAP_PICTURES, SEARCH_PICTURES = 200, 50
