@@ -33,22 +33,32 @@ def describe(settings: dict) -> list[str]:
     ]
     told.append(
         "In each iteration a student ({image_encoder} on pictures, a projection of {text_encoder}'s embeddings) starts "
-        "at an epoch of an expert below {max_start_epoch} and takes {syn_steps} steps on {mini_batch_size} of the "
+        "at an epoch of an expert below {max_start_epoch} and takes {syn_steps} steps on {pairs_a_step} of the "
         "pairs. The pairs move so that it comes nearer to where the expert was {later} later."
     )
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
-    told.append("The run has {Iteration} iterations, at rates {lr_img:g} for pixels and {lr_txt:g} for texts.")
+    if settings.get("image_trainable") is False:
+        told.append("The image encoder is frozen: the projections alone train, in experts, students and evaluation.")
+    if settings.get("optimizer") == "adam":
+        told.append(
+            "The run has {Iteration} iterations of Adam, at {lr_img:g} standard deviations for pixels and {lr_txt:g} for "
+            "texts."
+        )
+    else:
+        told.append("The run has {Iteration} iterations, at rates {lr_img:g} for pixels and {lr_txt:g} for texts.")
     told.append(
         "Every {eval_it} iterations {num_eval} fresh networks train on the pairs for {epoch_eval_train} epochs; "
         "their recall on the validation split is what the curves show, and what the best set is chosen by."
     )
     epochs = settings.get("expert_epochs")
     later = "an epoch" if epochs == 1 else f"{epochs} epochs"
+    batch, number = settings.get("mini_batch_size"), settings.get("num_queries", 0)
+    a_step = "all" if batch is None or batch >= number else str(batch)
     sentences = []
     for sentence in told:
         try:
-            sentences.append(sentence.format_map({**settings, "later": later}))
+            sentences.append(sentence.format_map({**settings, "later": later, "pairs_a_step": a_step}))
         except (KeyError, ValueError, TypeError):  # an older set does not say
             continue
     return sentences
