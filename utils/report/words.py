@@ -42,8 +42,8 @@ def describe(settings: dict) -> list[str]:
         told.append("The image encoder is frozen: the projections alone train, in experts, students and evaluation.")
     if settings.get("optimizer") == "adam":
         told.append(
-            "The run has {Iteration} iterations of Adam, at {lr_img:g} standard deviations for pixels and {lr_txt:g} for "
-            "texts."
+            "The run has {Iteration} iterations of Adam, at {lr_img:g} standard deviations for pixels and {lr_txt:g} "
+            "for texts."
         )
     else:
         told.append("The run has {Iteration} iterations, at rates {lr_img:g} for pixels and {lr_txt:g} for texts.")
