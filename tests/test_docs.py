@@ -34,10 +34,13 @@ def commands(page: Path) -> list[tuple[str, str]]:
 @functools.cache
 def flags(module: str) -> set[str]:
     """The flags in the program's own help, and their --no_ forms, which it does not list."""
+    program = importlib.import_module(module)
+    if not hasattr(program, "parse_args"):
+        return set()
     parser_help = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("argparse.ArgumentParser._print_message", lambda parser, text, file: parser_help.append(text))
-        importlib.import_module(module).parse_args(["--help"])
+        program.parse_args(["--help"])
     listed = re.findall(r"--(\w+)", "".join(parser_help))
     return {f"--{prefix}{name}" for name in listed for prefix in ("", "no_")}
 

@@ -4,6 +4,7 @@ import math
 import statistics
 
 import torch
+from torch import Tensor
 
 from data.errors import InputError
 from utils.matching.pairs import Pairs
@@ -12,7 +13,7 @@ from utils.matching.sweep import Matching
 FACTOR = 10  # a gradient's norm may be so many times the median of the norms before it
 MEMORY = 50  # norms that are remembered
 LEAST_SEEN = 5  # before so many there is no median to speak of
-RATE_SHARE = 0.5  # of a learned rate that one gradient may move it by
+RATE_FACTOR = 2  # a step may at most double or halve a learned rate
 SKIPS = 3  # iterations without a finite gradient in a row, at which a run ends
 FAR_ASTRAY = 4  # matching loss; a student that stays put has 2, one on real pairs may well begin a little above
 STILL_ASTRAY = 20  # iterations in a row with a matching loss above 2, after which it is said
@@ -21,18 +22,14 @@ STILL_ASTRAY = 20  # iterations in a row with a matching loss above 2, after whi
 class Guard:
     """Keeps one bad iteration from throwing a run away. A sane gradient passes as it is.
 
-    The gradient of pictures or texts is cut to `FACTOR` times the median norm of the last `MEMORY` iterations, one
-    that would move a learned rate by more than `RATE_SHARE` of it to that, and one that is not finite to nothing.
-
-    Args:
-        lr_lr: learning rate of the learned rates themselves; None where they are learned on a scale of their own.
+    The gradient of pictures or texts is cut to `FACTOR` times the median norm of the last `MEMORY` iterations, one that
+    is not finite to nothing, and no step changes a learned rate by more than `RATE_FACTOR`.
 
     Attributes:
-        limited: iterations whose gradient was cut.
+        limited: gradients and rates that were cut so far.
     """
 
-    def __init__(self, lr_lr: float | None):
-        self.lr_lr = lr_lr
+    def __init__(self):
         self.norms: list[list[float]] = []  # of pictures and texts, as they were let through
         self.limited = self.skipped_in_a_row = self.astray_in_a_row = 0
 
@@ -62,13 +59,6 @@ class Guard:
                 parts[i] = parts[i] * (FACTOR * usual / norms[i])
                 norms[i] = FACTOR * usual
         self.norms = [*self.norms, norms][-MEMORY:]
-        for i, rate in ((2, pairs.syn_lr_img), (3, pairs.syn_lr_txt)):
-            most = math.inf if not self.lr_lr else RATE_SHARE * rate.item() / self.lr_lr
-            if abs(parts[i].item()) > most:
-                reasons.append(
-                    f"would change a learned rate of {rate.item():.2g} by {-self.lr_lr * parts[i].item():.2g}"
-                )
-                parts[i] = parts[i].clamp(-most, most)
         if not reasons:
             return gradient, lines
         return self._cut(f"{' and '.join(reasons)}; it was cut", iteration, lines, *parts)
@@ -96,9 +86,15 @@ class Guard:
             ]
         return []
 
+    def limit_rate(self, before: Tensor, after: Tensor) -> None:
+        """Keeps a learned rate, changed in place from `before` to `after`, within `RATE_FACTOR` of what it was."""
+        limited = after.clamp(before / RATE_FACTOR, before * RATE_FACTOR)
+        self.limited += int((limited != after).item())
+        after.copy_(limited)
+
     def state(self) -> dict:
         """JSON-able, for `restore`."""
-        return {key: value for key, value in vars(self).items() if key != "lr_lr"}
+        return vars(self).copy()
 
     def restore(self, state: dict) -> None:
         vars(self).update(state)

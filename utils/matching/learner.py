@@ -21,7 +21,8 @@ OPTIMIZERS = ("sgd", "adam")
 class PairLearner:
     """Moves the pairs, by one of two optimizers.
 
-    "sgd", as published: momentum 0.5, on the values themselves, learned rates clamped to at least `MIN_RATE`.
+    "sgd", as published: momentum 0.5, on the values themselves; learned rates are at least `MIN_RATE`, and no step
+    more than doubles or halves one.
     "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
     embeddings, and the learned rates move on a logarithmic scale, so that the same numbers fit other data and encoders.
 
@@ -40,7 +41,7 @@ class PairLearner:
     def __init__(self, pairs: Pairs, lr_img: float, lr_txt: float, lr_lr: float, optimizer: str = "sgd"):
         self.pairs = pairs
         self.in_logs = optimizer == "adam"
-        self.guard = Guard(None if self.in_logs else lr_lr)
+        self.guard = Guard()
         self.iteration, self.evaluated, self.best = 0, -1, -math.inf
         self.named = dict(zip(NAMES, (tensor.requires_grad_() for tensor in pairs.tensors()), strict=True))
         self.moved = dict(self.named)  # what the optimizer sees
@@ -63,11 +64,13 @@ class PairLearner:
             self.moved.values(), self.named.items(), gradient.tensors(), strict=True
         ):
             variable.grad = grad * value if self.in_logs and name in RATES else grad  # ∂L/∂log β = β ∂L/∂β
+        before = {name: self.named[name].clone() for name in RATES}
         self.optimizer.step()
         for name in RATES:
             if self.in_logs:
                 self.named[name].copy_(self.moved[f"log_{name}"].exp())
             else:
+                self.guard.limit_rate(before[name], self.named[name])
                 self.named[name].clamp_(min=MIN_RATE)
         self.iteration += 1
 
