@@ -11,6 +11,7 @@ import timm
 import torch
 
 import buffer
+import distill
 import evaluate
 import utils.setup
 from data.demo import make_demo
@@ -199,6 +200,26 @@ def test_frozen_image_encoder(run_buffer, run_distill, tmp_path):
     first, last = (load_synset(tmp_path / "r" / f"{name}.safetensors") for name in ("iteration_000000", "last"))
     assert first.syn_lr_img == last.syn_lr_img and first.syn_lr_txt != last.syn_lr_txt
     assert not torch.equal(first.image_syn, last.image_syn)
+
+
+def test_published_rates_learn(tiny_argv, tmp_path, metrics):
+    """β 0.1, rates 1000, 1000 and 0.01, temperature 0.376: better than a student that stays put, and ever better.
+
+    At toy size the text projection alone trains; then staying put costs 1.
+    """
+    make_demo(tmp_path / "data", num_train=60, num_val=4, num_test=4, image_size=32)
+    for split in ("train", "val", "test"):
+        (tmp_path / f"data/demo_{split}.json").rename(tmp_path / f"data/tiny_{split}.json")
+    data = [*("--image_root", str(tmp_path / "data"), "--ann_root", str(tmp_path / "data")), "--no_image_trainable"]
+    common = [*tiny_argv, *data, "--disabled_wandb", "--buffer_path", str(tmp_path / "b")]
+    assert buffer.main([*common, "--num_experts", "1", "--train_epochs", "2", "--batch_size_train", "16"]) == 0
+    run = ["--save_dir", str(tmp_path / "r"), "--num_queries", "20", "--Iteration", "12", "--eval_it", "12"]
+    quick = ["--num_eval", "1", "--epoch_eval_train", "1", "--no_draw", "--no_report"]
+    assert distill.main([*common, *run, *quick]) == 0
+    lines = [line for line in metrics(tmp_path / "r") if "Grand_Loss" in line]
+    losses = [line["Grand_Loss"] for line in lines]
+    assert max(losses) < 1 and max(losses[-4:]) < 0.7 * losses[0]
+    assert lines[-1]["Student_Loss_Last"] < lines[-1]["Student_Loss_First"]
 
 
 def test_run_folder_is_not_written_over(straight, run_distill, capsys):
