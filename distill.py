@@ -10,8 +10,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -21,17 +19,16 @@ from utils.experts import check_epochs, find_trajectories, stored_lora
 from utils.log import Log
 from utils.matching import (
     OPTIMIZERS,
+    Draws,
     OutOfMemory,
     PairLearner,
     Pairs,
     Prefetch,
     StudentLoss,
-    draw_batches,
     fit_pair_chunk,
     guarded,
     matching_gradient,
     pair_chunk_advice,
-    prepare,
     to_device,
 )
 from utils.pictures import picture_grid
@@ -178,6 +175,7 @@ class Distillation:
             embedded_once(retrieval_pairs(args, splits[split], text_encoder), self.judge, args.batch_size_test)
             for split in ("val", "test")
         )
+        del text_encoder
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
         lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
         self.learner = PairLearner(self.pairs, lr_img, lr_txt, args.lr_lr, args.optimizer)
@@ -191,7 +189,9 @@ class Distillation:
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         self.pair_chunk = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size)
-        self.prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
+        of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
+        draws = Draws(experts, args.seed, *of_student, args.expert_epochs)
+        self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)
         compared = factory, self.judge, experts, args.coreset
         texts = self.real.captions, self.real_embed
         sources = Sources(command, vars(args), *texts, self.validation, self.test, *compared)
@@ -295,28 +295,6 @@ def check_run_folder(run: Path, resume: bool) -> None:
 def check_progress(run: Path, done: int, iterations: int) -> None:
     if done > iterations:
         raise InputError(f"{run} has {done} iterations already, --Iteration is {iterations}; give {done} or more")
-
-
-def draw_iteration(experts, iteration: int, args):
-    """Expert, start epoch, the steps' mini-batches and their seed: a function of the seed and the iteration."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-    expert = experts[torch.randint(len(experts), (), generator=generator)]
-    start_epoch = torch.randint(args.max_start_epoch, (), generator=generator).item()
-    batch_size = args.mini_batch_size or args.num_queries
-    batches = draw_batches(args.num_queries, batch_size, args.syn_steps, generator)
-    step_seed = torch.randint(2**40, (), generator=generator).item()
-    return expert, start_epoch, batches, step_seed
-
-
-def read_iteration(experts, iteration: int, args, device):
-    """Start epoch, the expert's snapshots there and at the target, batches and seed; snapshots as `to_device` wants."""
-    expert, start_epoch, batches, seed = draw_iteration(experts, iteration, args)
-    epochs = start_epoch, start_epoch + args.expert_epochs
-    try:
-        start, target = (prepare(expert.snapshot(epoch), device) for epoch in epochs)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
-    return start_epoch, start, target, batches, seed
 
 
 def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:

@@ -1,5 +1,6 @@
 """The method: pairs that are learned, the student's steps, the sweep back through them, the outer optimizer."""
 
+from utils.matching.draws import Draws
 from utils.matching.learner import OPTIMIZERS, PairLearner
 from utils.matching.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chunk_advice
 from utils.matching.pairs import Pairs, draw_batches
