@@ -32,7 +32,7 @@ def watch(guard, *matchings):
 
 def test_a_sane_gradient_passes_untouched():
     guard = Guard()
-    matchings = [make_matching(images=float(n), lr_img=float(n % 5)) for n in range(1, 10)]
+    matchings = [make_matching(images=float(n), lr_img=1.0 + n % 5) for n in range(1, 10)]
     gradients, lines = watch(guard, *matchings)
     assert all(g is m.gradient for g, m in zip(gradients, matchings, strict=True))
     assert guard.limited == 0 and lines == []
@@ -40,10 +40,11 @@ def test_a_sane_gradient_passes_untouched():
 
 def test_an_outlier_is_cut_to_a_multiple_of_the_usual_norm():
     guard = Guard()
-    usual = [make_matching(images=1.0 + 0.1 * n, texts=2.0) for n in range(-2, 3)]
-    *_, cut = watch(guard, *usual, make_matching(images=-300.0, texts=7.0))[0]
+    usual = [make_matching(images=1.0 + 0.1 * n, texts=2.0, lr_img=0.5, lr_txt=0.1) for n in range(-2, 3)]
+    *_, cut = watch(guard, *usual, make_matching(images=-300.0, texts=7.0, lr_img=-60.0, lr_txt=0.1))[0]
     assert torch.allclose(cut.image_syn, torch.full((2, 3, 1, 1), -1.0 * FACTOR))  # the median is 1
     assert (cut.text_syn == 7.0).all()
+    assert cut.syn_lr_img == -FACTOR * 0.5 and cut.syn_lr_txt == 0.1
     assert guard.limited == 1
 
 
@@ -68,11 +69,11 @@ def test_a_step_at_most_doubles_or_halves_a_learned_rate():
     for lr_img, lr_txt in ((30.0, -4.0), (-100.0, 0.1), (0.1, 0.1)):
         learner.step(make_pairs(lr_img=lr_img, lr_txt=lr_txt))
         rates.append((pairs.syn_lr_img.item(), pairs.syn_lr_txt.item()))
-    # halved, doubled (-0.3 / 2 + 1 would be far above), momentum and all; then as SGD has it: 0.1 + 0.01 · 42.4
-    assert [rate for rate, _ in rates] == pytest.approx([0.05, 0.1, 0.2])
+    # Halved, doubled; then SGD's step, its momentum that of the step that was taken: 0.1 + 0.01 (5 / 2 - 0.1)
+    assert [rate for rate, _ in rates] == pytest.approx([0.05, 0.1, 0.124])
     assert rates[0][1] == pytest.approx(0.04)  # 0.06 is more than twice 0.02
-    assert rates[1][1] == pytest.approx(0.04 + 0.01 * (0.5 * 4.0 - 0.1))
-    assert learner.guard.limited == 4
+    assert rates[1][1] == pytest.approx(0.04 + 0.01 * (2 / 2 - 0.1))
+    assert learner.guard.limited == 3
 
 
 def test_it_is_said_once_and_counted_always():

@@ -1,6 +1,5 @@
 """What a run has seen, and what becomes of an iteration far outside it."""
 
-import math
 import statistics
 
 import torch
@@ -10,6 +9,7 @@ from data.errors import InputError
 from utils.matching.pairs import Pairs
 from utils.matching.sweep import Matching
 
+PARTS = ("pictures", "texts", "image rate", "text rate")
 FACTOR = 10  # a gradient's norm may be so many times the median of the norms before it
 MEMORY = 50  # norms that are remembered
 LEAST_SEEN = 5  # before so many there is no median to speak of
@@ -22,15 +22,15 @@ STILL_ASTRAY = 20  # iterations in a row with a matching loss above 2, after whi
 class Guard:
     """Keeps one bad iteration from throwing a run away. A sane gradient passes as it is.
 
-    The gradient of pictures or texts is cut to `FACTOR` times the median norm of the last `MEMORY` iterations, one that
-    is not finite to nothing, and no step changes a learned rate by more than `RATE_FACTOR`.
+    The gradient of pictures, texts or a learned rate is cut to `FACTOR` times the median norm of the last `MEMORY`
+    iterations, one that is not finite to nothing, and no step changes a learned rate by more than `RATE_FACTOR`.
 
     Attributes:
         limited: gradients and rates that were cut so far.
     """
 
     def __init__(self):
-        self.norms: list[list[float]] = []  # of pictures and texts, as they were let through
+        self.norms: list[list[float]] = []  # of `PARTS`, as they were let through
         self.limited = self.skipped_in_a_row = self.astray_in_a_row = 0
 
     def limit(self, matching: Matching, pairs: Pairs, iteration: int) -> tuple[Pairs, list[str]]:
@@ -51,17 +51,17 @@ class Guard:
             return self._cut("is not finite and was left out", iteration, lines, *nothing)
         self.skipped_in_a_row = 0
         parts, reasons = list(gradient.tensors()), []
-        norms = [parts[i].norm().item() for i in (0, 1)]
-        for i, name in enumerate(("pictures", "texts")):
-            usual = statistics.median(pair[i] for pair in self.norms) if len(self.norms) >= LEAST_SEEN else math.inf
+        norms = [part.norm().item() for part in parts]
+        for i, name in enumerate(PARTS if len(self.norms) >= LEAST_SEEN else ()):
+            usual = statistics.median(seen[i] for seen in self.norms)
             if norms[i] > FACTOR * usual > 0:
-                reasons.append(f"of the {name} is {norms[i] / usual:.0f} times the usual one")
+                reasons.append(f"{norms[i] / usual:.0f} times the usual one for the {name}")
                 parts[i] = parts[i] * (FACTOR * usual / norms[i])
                 norms[i] = FACTOR * usual
         self.norms = [*self.norms, norms][-MEMORY:]
         if not reasons:
             return gradient, lines
-        return self._cut(f"{' and '.join(reasons)}; it was cut", iteration, lines, *parts)
+        return self._cut(f"is {', '.join(reasons)}; it was cut", iteration, lines, *parts)
 
     def _cut(self, what: str, iteration: int, lines: list[str], *parts) -> tuple[Pairs, list[str]]:
         self.limited += 1
@@ -86,11 +86,13 @@ class Guard:
             ]
         return []
 
-    def limit_rate(self, before: Tensor, after: Tensor) -> None:
-        """Keeps a learned rate, changed in place from `before` to `after`, within `RATE_FACTOR` of what it was."""
+    def limit_rate(self, before: Tensor, after: Tensor) -> bool:
+        """Keeps a learned rate, changed in place from `before` to `after`, within `RATE_FACTOR`; whether it had to."""
         limited = after.clamp(before / RATE_FACTOR, before * RATE_FACTOR)
-        self.limited += int((limited != after).item())
+        too_far = (limited != after).item()
+        self.limited += too_far
         after.copy_(limited)
+        return too_far
 
     def state(self) -> dict:
         """JSON-able, for `restore`."""

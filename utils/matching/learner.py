@@ -40,7 +40,7 @@ class PairLearner:
 
     def __init__(self, pairs: Pairs, lr_img: float, lr_txt: float, lr_lr: float, optimizer: str = "sgd"):
         self.pairs = pairs
-        self.in_logs = optimizer == "adam"
+        self.in_logs, self.lr_lr = optimizer == "adam", lr_lr
         self.guard = Guard()
         self.iteration, self.evaluated, self.best = 0, -1, -math.inf
         self.named = dict(zip(NAMES, (tensor.requires_grad_() for tensor in pairs.tensors()), strict=True))
@@ -70,9 +70,14 @@ class PairLearner:
             if self.in_logs:
                 self.named[name].copy_(self.moved[f"log_{name}"].exp())
             else:
-                self.guard.limit_rate(before[name], self.named[name])
-                self.named[name].clamp_(min=MIN_RATE)
+                self._limit_rate(name, before[name])
         self.iteration += 1
+
+    def _limit_rate(self, name: str, before: Tensor) -> None:
+        rate = self.named[name]
+        if self.guard.limit_rate(before, rate):  # then the momentum is that of the step that was taken
+            self.optimizer.state[rate]["momentum_buffer"] = (before - rate) / self.lr_lr
+        rate.clamp_(min=MIN_RATE)
 
     def is_finite(self) -> bool:
         return all(torch.isfinite(tensor).all() for tensor in self.named.values())
