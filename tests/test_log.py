@@ -106,7 +106,8 @@ def test_fresh_run_takes_all_steps(started, tmp_path):
     Log(tmp_path, {})({"loss": 1.0}, 9)
     log = Log(tmp_path, {}, fresh=True)
     log({"loss": 1.0}, 0)
-    assert [run.id for run in started] == ["id0", "id1"] and started[1].logged == [(0, {"loss": 1.0})]
+    assert [run.id for run in started] == ["id0", "id1"]
+    assert [(step, values["loss"]) for step, values in started[1].logged] == [(0, 1.0)]
     assert wandb_id(tmp_path) == "id1"
 
 
