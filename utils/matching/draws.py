@@ -1,0 +1,48 @@
+"""What each iteration draws: an expert, where the student starts, and its mini-batches."""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from data.errors import InputError
+from utils.matching.pairs import draw_batches
+from utils.matching.prefetch import prepare
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about an iteration, as a function of the seed and the iteration's number alone.
+
+    Attributes:
+        experts: trajectories to choose from.
+        num_pairs, batch_size, steps: of the student's mini-batches, see `draw_batches`.
+        max_start_epoch: students start below this epoch.
+        expert_epochs: from the start to the target.
+    """
+
+    experts: list
+    seed: int
+    num_pairs: int
+    batch_size: int
+    steps: int
+    max_start_epoch: int
+    expert_epochs: int
+
+    def read(self, iteration: int, device: torch.device) -> tuple[int, dict, dict, list[Tensor], int]:
+        """Start epoch, the expert's snapshots there and at the target, batches, and the seed of the student's steps.
+
+        The snapshots are as `to_device` wants them. Raises InputError if they cannot be read.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
+        expert = self.experts[torch.randint(len(self.experts), (), generator=generator)]
+        start_epoch = torch.randint(self.max_start_epoch, (), generator=generator).item()
+        batches = draw_batches(self.num_pairs, self.batch_size, self.steps, generator)
+        step_seed = torch.randint(2**40, (), generator=generator).item()
+        try:
+            epochs = start_epoch, start_epoch + self.expert_epochs
+            start, target = (prepare(expert.snapshot(epoch), device) for epoch in epochs)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
+        return start_epoch, start, target, batches, step_seed
