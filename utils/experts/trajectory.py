@@ -159,7 +159,7 @@ def find_trajectories(
     Raises:
         InputError: no expert in any of the folders tried, a damaged file, or one that does not fit.
     """
-    folders = _folders(buffer_path, settings)
+    folders = [*_folders(buffer_path, settings), *_with_other_heads(buffer_path, settings)]
     for folder in folders:
         found = [Trajectory(path) for path in sorted(folder.glob("expert_*.safetensors"))[:max_files]]
         if not found:
@@ -212,6 +212,14 @@ def _folders(buffer_path, settings: dict) -> list[Path]:
     whole = buffer_folder(buffer_path, {**settings, "lora_rank": None})
     adapted = sorted(whole.parent.parent.glob(f"{glob.escape(whole.parent.name)}_lora*/{glob.escape(whole.name)}"))
     return list(dict.fromkeys([own, own.parent.parent, Path(buffer_path), whole, *adapted]))
+
+
+def _with_other_heads(buffer_path, settings: dict) -> list[Path]:
+    """Where experts with or without an image projection lie, for an error that says so."""
+    encoder = {**settings, "lora_rank": None}
+    kinds = (True, False), (True, True), (False, True)
+    other = [{**encoder, "only_has_image_projection": heads, "image_trainable": trains} for heads, trains in kinds]
+    return [folder for folder in (buffer_folder(buffer_path, s) for s in other) if folder.is_dir()]
 
 
 def _read_released(folder: Path, names, max_files, max_experts) -> list[ReleasedTrajectory]:

@@ -22,15 +22,16 @@ STILL_ASTRAY = 20  # iterations in a row with a matching loss above 2, after whi
 class Guard:
     """Keeps one bad iteration from throwing a run away. A sane gradient passes as it is.
 
-    The gradient of pictures, texts or a learned rate is cut to `FACTOR` times the median norm of the last `MEMORY`
-    iterations, one that is not finite to nothing, and no step changes a learned rate by more than `RATE_FACTOR`.
+    A gradient of pictures, texts or a learned rate of more than `FACTOR` times the median norm of the last `MEMORY`
+    iterations is cut to that median, one that is not finite to nothing, and no step changes a learned rate by more than
+    `RATE_FACTOR`.
 
     Attributes:
         limited: gradients and rates that were cut so far.
     """
 
     def __init__(self):
-        self.norms: list[list[float]] = []  # of `PARTS`, as they were let through
+        self.norms: list[list[float]] = []  # of `PARTS`, each at most `FACTOR` times those before
         self.limited = self.skipped_in_a_row = self.astray_in_a_row = 0
 
     def limit(self, matching: Matching, pairs: Pairs, iteration: int) -> tuple[Pairs, list[str]]:
@@ -56,7 +57,7 @@ class Guard:
             usual = statistics.median(seen[i] for seen in self.norms)
             if norms[i] > FACTOR * usual > 0:
                 reasons.append(f"{norms[i] / usual:.0f} times the usual one for the {name}")
-                parts[i] = parts[i] * (FACTOR * usual / norms[i])
+                parts[i] = parts[i] * (usual / norms[i])  # such an adjoint has exploded: its direction tells little
                 norms[i] = FACTOR * usual
         self.norms = [*self.norms, norms][-MEMORY:]
         if not reasons:
