@@ -190,7 +190,8 @@ class Distillation:
         self.loss_fn = StudentLoss(model, args.student_temperature)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
-        self.pair_chunk = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size)
+        trial = self.loss_fn, start, self.pairs, batch_size
+        self.pair_chunk = args.pair_chunk or fit_pair_chunk(*trial, **self.student)
         self.prefetch = Prefetch(lambda iteration: read_iteration(experts, iteration, args, device), args.Iteration)
         compared = factory, self.judge, experts, args.coreset
         texts = self.real.captions, self.real_embed

@@ -35,7 +35,9 @@ def parse_args(argv=None):
     add("--pairs", type=int, default=100, help="number of pairs M, all of them in every step")
     add("--pair_chunk", type=int, nargs="+", default=[4, 10, 25, 50], help="chunk sizes to estimate")
     add("--measured", type=int, nargs=2, default=[1, 2], help="chunk sizes to measure")
-    parser.set_defaults(device=torch.device("cpu"), lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None)
+    parser.set_defaults(
+        device=torch.device("cpu"), lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None, heads=False
+    )
     return parser.parse_args(argv)
 
 

@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=10, help="of the expert; its file holds one snapshot more")
     add("--repeats", type=int, default=5, help="times are medians of so many")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None)
+    parser.set_defaults(lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None, heads=False)
     return parser.parse_args(argv)
 
 
