@@ -66,7 +66,8 @@ def outer(setup: Setup, precision: str, others: bool = False):
     else:
         for chunk in (None, *setup.sizes.chunks):
             yield f"{precision}, {chunk or 'all'} at a time", functools.partial(with_chunk, chunk)
-        yield f"{precision}, cudnn.benchmark", functools.partial(with_chunk, setup.sizes.chunks[0], True)
+        if setup.on_card:
+            yield f"{precision}, cudnn.benchmark", functools.partial(with_chunk, setup.sizes.chunks[0], True)
 
 
 def shared_problem(setup: Setup, precision: str, **changes):

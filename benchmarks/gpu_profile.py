@@ -41,6 +41,8 @@ def measure(setup: Setup, chunk: int) -> dict:
         for event in recorded.profiler.kineto_results.events()
         if event.device_type() == wanted
     ]
+    if not events:
+        raise RuntimeError("the profiler recorded no kernel; is its library allowed to see the card?")
     return {"the iteration, not recorded": {"ms": 1e3 * alone}, **describe(events)}
 
 

@@ -15,6 +15,7 @@ import functools
 import os
 import platform
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks import gpu_outer, gpu_profile, gpu_scripts
 from benchmarks.gpu_record import Record
 from benchmarks.gpu_setup import TOY, Setup, Sizes
 from data.errors import InputError
+from utils import cli
 from utils.matching import OutOfMemory
 
 OUTER = "Outer iteration, by precision, limit of memory and pairs at a time"
@@ -52,6 +54,7 @@ class TimeIsUp(Exception):
     """The minutes of the command are over."""
 
 
+@cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     started = time.monotonic()
@@ -92,7 +95,8 @@ def attempt(title: str, name: str, call, record: Record, seconds: float) -> None
     except TimeIsUp:
         record.put_not_run(title, name, outcome := "no time left; run the command again")
     except (torch.cuda.OutOfMemoryError, OutOfMemory):
-        record.put_failure(title, name, outcome := "out of memory")
+        outcome = "out of memory"
+        record.put(title, name, {name: {"note": outcome}}, time.monotonic() - started)
     except (Exception, SystemExit) as error:
         record.put_failure(title, name, outcome := one_line(error))
     print(f"{time.monotonic() - started:6.1f} s  {title}: {name}{outcome and ': '}{outcome}", flush=True)
@@ -140,7 +144,8 @@ def about(setup: Setup, toy: bool) -> dict:
         f"the matrix rate count every product that is done, also those that chunks do again."
     )
     title = "What was measured on a card" if setup.on_card and not toy else "A rehearsal: these are no measurements"
-    return {"title": title, "text": text}
+    left_out = "" if setup.on_card else " Left out on a CPU: copies, limits of memory, cudnn.benchmark, other chunks."
+    return {"title": title, "text": text + left_out}
 
 
 def parse_args(argv=None):
@@ -157,4 +162,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

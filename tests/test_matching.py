@@ -199,13 +199,8 @@ def test_an_expert_that_stood_still_in_a_tower_counts_nothing_there(nfnet):
 def test_single_precision_in_channels_last():
     """As the scripts run it; without dropout, whose masks differ between the precisions."""
     problem = Problem("test_nfnet", dropout=0.0)
-    loss_fn, start, target, pairs, batches, seed = problem.arguments(4)
-    expected = unroll_gradient(loss_fn, start, target, pairs, batches, seed)[1]
-    problem.model.float()
-    start, target = ({name: value.float() for name, value in values.items()} for values in (start, target))
-    pairs = Pairs(*(tensor.float() for tensor in pairs.tensors()))
-    pairs.image_syn = pairs.image_syn.to(memory_format=torch.channels_last)
-    gradient = matching_gradient(loss_fn, start, target, pairs, batches, seed).gradient
+    expected = unroll_gradient(*problem.arguments(4))[1]
+    gradient = matching_gradient(*problem.single().arguments(4)).gradient
     for name in NAMES:
         assert getattr(gradient, name).dtype == torch.float32
         assert relative_error(getattr(gradient, name).double(), getattr(expected, name)) < 1e-3, name
@@ -214,12 +209,9 @@ def test_single_precision_in_channels_last():
 @pytest.mark.parametrize("pair_chunk", [None, 2])
 def test_half_precision_is_close_and_leaves_single_precision(pair_chunk):
     problem = Problem("test_nfnet", dropout=0.0)
-    loss_fn, start, target, pairs, batches, seed = problem.arguments(2)
-    expected = unroll_gradient(loss_fn, start, target, pairs, batches, seed)[1].image_syn.float()
-    problem.model.float().bf16 = True
-    start, target = ({name: value.float() for name, value in values.items()} for values in (start, target))
-    pairs = Pairs(*(tensor.float() for tensor in pairs.tensors()))
-    matching = matching_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk)
+    expected = unroll_gradient(*problem.arguments(2))[1].image_syn.float()
+    problem.single().model.bf16 = True
+    matching = matching_gradient(*problem.arguments(2), pair_chunk)
     assert {tensor.dtype for tensor in matching.gradient.tensors()} == {torch.float32}
     assert matching.loss.dtype == torch.float32
     value = matching.gradient.image_syn

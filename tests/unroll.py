@@ -94,6 +94,14 @@ class Problem:
         rates = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (0.02, 0.05))
         self.pairs = Pairs(normal((NUM_PAIRS, 3, 32, 32)), normal((NUM_PAIRS, TEXT_DIM)), *rates)
 
+    def single(self):
+        """The same student in single precision, as the scripts run it."""
+        self.model.float().to(memory_format=torch.channels_last)
+        self.start, self.target = ({n: v.float() for n, v in values.items()} for values in (self.start, self.target))
+        self.pairs = Pairs(*(tensor.float() for tensor in self.pairs.tensors()))
+        self.pairs.image_syn = self.pairs.image_syn.to(memory_format=torch.channels_last)
+        return self
+
     def arguments(self, steps, seed=7, batch_size=BATCH_SIZE):
         batches = draw_batches(NUM_PAIRS, batch_size, steps, torch.Generator().manual_seed(3))
         return self.loss_fn, self.start, self.target, self.pairs, batches, seed
