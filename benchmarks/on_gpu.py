@@ -11,7 +11,7 @@ rehearsing at --toy sizes, what only a card has is left out.
 
 import argparse
 import contextlib
-import functools
+import importlib
 import os
 import platform
 import signal
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_outer, gpu_profile, gpu_scripts
 from benchmarks.gpu_record import Record
 from benchmarks.gpu_setup import TOY, Setup, Sizes
 from data.errors import InputError
@@ -30,22 +29,23 @@ from utils import cli
 from utils.matching import OutOfMemory
 
 OUTER = "Outer iteration, by precision, limit of memory and pairs at a time"
-# Name on the command line: table and measurements, the most telling first.
+# Name on the command line: table, function of a module beside this one and its options; the most telling first.
+# A module is imported when its turn comes, so that one that cannot be costs its sections alone.
 SECTIONS = {
-    "card": ("The card", gpu_outer.card),
-    "outer": (OUTER, functools.partial(gpu_outer.outer, precision="tf32")),
-    "published": ("distill.py with the published flags", gpu_scripts.published_command),
-    "profile": ("Where the time goes", gpu_profile.where_the_time_goes),
-    "expert": ("An expert's step", gpu_scripts.expert_step),
-    "unroll": ("Against a full unroll", gpu_outer.unrolled),
-    "precision": ("Agreement with float64", gpu_outer.precisions),
-    "released": ("Against a loop as released", gpu_scripts.as_released),
-    "evaluation": ("Evaluation of one network", gpu_scripts.evaluation),
-    "students": ("Other students", gpu_outer.other_students),
-    "outer_bf16": (OUTER, functools.partial(gpu_outer.outer, precision="bf16")),
-    "outer_fp32": (OUTER, functools.partial(gpu_outer.outer, precision="fp32")),
-    "chunks": (OUTER, functools.partial(gpu_outer.outer, precision="tf32", others=True)),
-    "chunks_bf16": (OUTER, functools.partial(gpu_outer.outer, precision="bf16", others=True)),
+    "card": ("The card", "gpu_outer.card", {}),
+    "outer": (OUTER, "gpu_outer.outer", {"precision": "tf32"}),
+    "published": ("distill.py with the published flags", "gpu_scripts.published_command", {}),
+    "profile": ("Where the time goes", "gpu_profile.where_the_time_goes", {}),
+    "expert": ("An expert's step", "gpu_training.expert_step", {}),
+    "unroll": ("Against a full unroll", "gpu_outer.unrolled", {}),
+    "precision": ("Agreement with float64", "gpu_outer.precisions", {}),
+    "released": ("Against a loop as released", "gpu_scripts.as_released", {}),
+    "evaluation": ("Evaluation of one network", "gpu_training.evaluation", {}),
+    "students": ("Other students", "gpu_outer.other_students", {}),
+    "outer_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16"}),
+    "outer_fp32": (OUTER, "gpu_outer.outer", {"precision": "fp32"}),
+    "chunks": (OUTER, "gpu_outer.outer", {"precision": "tf32", "others": True}),
+    "chunks_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16", "others": True}),
 }
 ON_CARD_ALONE = ("chunks", "chunks_bf16")  # on a CPU the same as those under limits
 
@@ -73,9 +73,11 @@ def main(argv=None):
 
 def measure(section: str, setup: Setup, record: Record, seconds_left) -> None:
     """All measurements of a section that are not in the record yet."""
-    title, of_setup = SECTIONS[section]
+    title, function, options = SECTIONS[section]
     try:
-        with contextlib.closing(of_setup(setup)) as measurements:
+        module, name = function.split(".")
+        of_setup = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+        with contextlib.closing(of_setup(setup, **options)) as measurements:
             for name, call in measurements:
                 if not record.is_done(title, name):
                     attempt(title, name, call, record, seconds_left())
