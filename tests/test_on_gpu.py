@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_outer, gpu_profile, on_gpu
+from benchmarks.gpu_setup import TOY, Setup
 from utils.matching import OutOfMemory
 
 
@@ -133,6 +134,19 @@ def test_kinds_of_kernels():
         "something": "the rest",
     }
     assert {name: gpu_profile.kind_of(name) for name in kinds} == kinds
+
+
+def test_students_train_what_their_names_say():
+    setup = Setup(torch.device("cpu"), TOY, 0)
+    adapters, heads, whole = (
+        {
+            name.split(".")[-1] if "parametrizations" in name else name.split(".")[0]
+            for name in setup.problem(1, **changes).start
+        }
+        for changes in ({"image_encoder": TOY.transformer, "lora_rank": 4}, {"heads": True}, {})
+    )
+    assert adapters == {"A", "B", "text_projection"}
+    assert heads == {"image_projection", "text_projection"} and whole == {"image_encoder", "text_projection"}
 
 
 def test_every_section_is_there():
