@@ -188,7 +188,8 @@ class Distillation:
         self.loss_fn = StudentLoss(model, args.student_temperature)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
-        self.pair_chunk = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size)
+        trial = self.loss_fn, start, self.pairs, batch_size
+        self.pair_chunk = args.pair_chunk or fit_pair_chunk(*trial, **self.student)
         of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
         draws = Draws(experts, args.seed, *of_student, args.expert_epochs)
         self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)

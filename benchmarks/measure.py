@@ -26,6 +26,7 @@ def peak_memory(call: Callable, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -44,12 +45,17 @@ def alternate(calls: Sequence[Callable], repeats: int, device: torch.device) -> 
     seconds = [[] for _ in calls]
     for _ in range(repeats):
         for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
+            start = now(device)
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - start)
+            taken.append(now(device) - start)
     return [statistics.median(taken) for taken in seconds]
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def count_operations(call: Callable) -> int:

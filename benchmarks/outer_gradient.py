@@ -56,7 +56,8 @@ class Problem:
         if args.lora_rank and adapted:
             add_lora(encoder, Lora(args.lora_rank, args.lora_rank, args.lora_layers))
         of_images = ProjectionHead(encoder.width, encoder.width, dropout=0.0) if args.heads else None
-        encoder.requires_grad_(not args.heads)
+        if args.heads:
+            encoder.requires_grad_(False)
         model = CLIPModel(encoder, ProjectionHead(args.text_dim, encoder.width, dropout=0.0), bf16, of_images)
         if not own_activations:
             put_back_activations(model)

@@ -7,7 +7,7 @@ import torch
 
 import distill
 from data.errors import InputError
-from utils.matching.memory import OutOfMemory, guarded, pair_chunk_advice, plan_pair_chunk
+from utils.matching.memory import OutOfMemory, free_memory, guarded, pair_chunk_advice, plan_pair_chunk
 from utils.matching.prefetch import Prefetch
 
 # ---- the chunk that fits
@@ -20,6 +20,17 @@ def test_planned_chunk_fills_the_free_memory():
     assert plan_pair_chunk((2, 4), [120, 140], 10, 100) == 1
     assert plan_pair_chunk((1, 1), [110, 110], 1000, 1) is None
     assert plan_pair_chunk((2, 4), [120, 120], 1000, 100) is None  # no growth seen
+
+
+@pytest.mark.parametrize(
+    ("share", "reserved", "free"), [(1.0, 10, 60), (0.5, 10, 40), (0.5, 0, 50), (0.7, 10, 60), (0.05, 10, 0)]
+)
+def test_free_memory_is_within_the_share_of_the_process(monkeypatch, share, reserved, free):
+    """60 of 100 bytes are free on the card; what this process has reserved counts against its share."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    assert free_memory(torch.device("cuda")) == free
 
 
 # ---- full memory

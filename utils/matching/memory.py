@@ -9,6 +9,7 @@ from utils.matching.pairs import Pairs
 from utils.matching.sweep import matching_gradient
 
 CPU_PICTURES = 20  # 100 pictures of 160 px through MobileNetV1: half the time of 12 at a time, and of all at once
+TRIAL_STEPS = 3  # the first, one whose θ_t comes from the host, and the last: more steps take no more memory
 SHARE = 0.85  # of the free memory is planned with; convolutions choose other workspaces for other sizes
 
 
@@ -31,7 +32,7 @@ def pair_chunk_advice(pairs_at_a_time: int) -> str:
     return f"give --pair_chunk {pairs_at_a_time // 2}"
 
 
-def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int) -> int | None:
+def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
     """The largest `pair_chunk` for the free memory of the pairs' GPU, by two short trials; None if all pairs fit.
 
     On a CPU always None, but `CPU_PICTURES` where a frozen encoder sees each picture once: few fit its caches.
@@ -39,6 +40,7 @@ def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int) -> int 
     Args:
         params: the student's parameters by name, on the GPU.
         batch_size: pairs in a student's step.
+        student: keyword arguments of `matching_gradient`.
     """
     device = pairs.image_syn.device
     if device.type != "cuda":
@@ -47,18 +49,30 @@ def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int) -> int 
     def peak(size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        matching_gradient(loss_fn, params, params, pairs, [torch.arange(size)], seed=0)
+        batches = [torch.arange(min(2 * size, batch_size))] * TRIAL_STEPS
+        matching_gradient(loss_fn, params, params, pairs, batches, 0, size, **student)
         return torch.cuda.max_memory_allocated(device) - before
 
     small, large = min(2, batch_size), min(4, batch_size)
     guarded(lambda: peak(small), lambda: pair_chunk_advice(1))  # the first run also loads kernels
     peaks = [guarded(lambda size=size: peak(size), lambda: pair_chunk_advice(1)) for size in (small, large)]
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0]
-    chunk = plan_pair_chunk((small, large), peaks, free, batch_size)
+    free = free_memory(device)
+    snapshots = 2 * sum(value.nbytes for value in params.values())  # of the expert, which the trials did without
+    chunk = plan_pair_chunk((small, large), peaks, free - snapshots, batch_size)
     shown = "all pairs" if chunk is None else f"{chunk} pairs (--pair_chunk {chunk})"
     print(f"{shown} at a time, for {free / 1e9:.1f} GB of free GPU memory")
     return chunk
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take of a GPU: what is free there, within its share of the whole, if limited.
+
+    See `torch.cuda.set_per_process_memory_fraction`.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free, share - torch.cuda.memory_reserved(device)))
 
 
 def plan_pair_chunk(sizes: tuple[int, int], peaks: list[int], free: int, batch_size: int) -> int | None:

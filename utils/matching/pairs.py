@@ -1,5 +1,6 @@
 """What is learned, and which of it each student step sees."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,3 +29,10 @@ class Pairs:
 def draw_batches(num_pairs: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Indices of the pairs of each student step: `steps` tensors [min(batch_size, num_pairs)], drawn anew."""
     return [torch.randperm(num_pairs, generator=generator)[:batch_size] for _ in range(steps)]
+
+
+def rows_on(device: torch.device, batches: Sequence[Tensor]) -> list[Tensor]:
+    """`batches`, indices on the CPU, moved to `device` in one copy that no GPU is waited for."""
+    rows = torch.cat(list(batches))
+    rows = rows.pin_memory() if device.type == "cuda" else rows
+    return list(rows.to(device, non_blocking=True).split([len(batch) for batch in batches]))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from utils.matching.pairs import rows_on
+
 
 class EmbeddedPictures:
     """The encoder's output for the pictures that an iteration uses.
@@ -12,7 +14,7 @@ class EmbeddedPictures:
     Args:
         encoder: [B, 3, H, W] -> [B, D_enc], each row a function of its own picture alone, without random numbers.
         images: [M, 3, H, W].
-        used: indices of the pictures that are needed, in any order and number.
+        used: indices on the CPU of the pictures that are needed, in any order and number.
         chunk: pictures whose graph is held at a time; None for all.
 
     Attributes:
@@ -21,7 +23,7 @@ class EmbeddedPictures:
 
     def __init__(self, encoder: Callable[[Tensor], Tensor], images: Tensor, used: Tensor, chunk: int | None):
         self.encoder, self.images = encoder, images
-        rows = used.unique().to(images.device)
+        (rows,) = rows_on(images.device, [used.unique()])
         *self.rows, last = rows.split(chunk or len(rows))
         with torch.no_grad():
             parts = [encoder(images[part]) for part in self.rows]

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from networks.clip_model import IMAGE_TOWER
 from networks.loss import contrastive_loss
+from utils.matching.pairs import rows_on
 
 Parameters = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ class WholeSteps:
         self, loss_fn, names: Sequence[str], pairs, batches: Sequence[Tensor], seed: int, adjoint_decay: float
     ):
         self.loss_fn, self.pairs, self.seed, self.adjoint_decay = loss_fn, pairs, seed, adjoint_decay
-        self.batches = [batch.to(pairs.image_syn.device) for batch in batches]
+        self.batches = rows_on(pairs.image_syn.device, batches)
         self.is_image = [name.startswith(IMAGE_TOWER) for name in names]
         self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
         self.grads = [torch.zeros_like(tensor) for tensor in pairs.tensors()]

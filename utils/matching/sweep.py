@@ -47,7 +47,7 @@ def matching_loss(student: Parameters, start: Parameters, target: Parameters) ->
             continue
         distance = sum(((student[n] - target[n]) ** 2).sum() for n in names)
         travelled = sum(((start[n] - target[n]) ** 2).sum() for n in names)
-        losses.append(distance / travelled.where(travelled > 0, torch.inf))
+        losses.append(distance / travelled.masked_fill(travelled == 0, torch.inf))
     return losses[0], losses[1]
 
 

@@ -1,0 +1,147 @@
+"""The outer gradient on a card: its time and memory by precision, chunk and memory limit; agreement; other students.
+
+Each section is a function from a `Setup` to (name, call) of its measurements; a call gives {row: {column: value}}.
+What the calls of a section share lives as long as the section.
+"""
+
+import contextlib
+import functools
+
+import torch
+
+from benchmarks.gpu_setup import PRECISIONS, Setup, products_in
+from benchmarks.measure import Tf32, alternate, count_operations
+from benchmarks.outer_gradient import Problem, agreement
+from utils.matching import fit_pair_chunk
+
+
+def card(setup: Setup):
+    """What the card can do, to compare with."""
+    yield (
+        "matrix product",
+        lambda: {f"{precision} product": {"TFLOP/s": setup.rate(precision) / 1e12} for precision in PRECISIONS},
+    )
+    if setup.on_card:
+        yield "memory", lambda: {"memory": {"GB": torch.cuda.mem_get_info(setup.device)[1] / 1e9}}
+        yield "copies", lambda: {name: {"GB/s": rate} for name, rate in copy_rates(setup).items()}
+
+
+def copy_rates(setup: Setup, megabytes: int = 512) -> dict[str, float]:
+    """GB/s between pinned memory of the host and the card, and within the card, where each byte moves once."""
+    on_host = torch.zeros(megabytes * 10**6, dtype=torch.uint8).pin_memory()
+    on_card, other = (torch.zeros_like(on_host, device=setup.device) for _ in range(2))
+    copies = {
+        "host to card": (on_card, on_host),
+        "card to host": (on_host, on_card),
+        "within the card": (other, on_card),
+    }
+    seconds = alternate([lambda c=c: c[0].copy_(c[1], non_blocking=True) for c in copies.values()], 5, setup.device)
+    return {name: megabytes / 1e3 / taken for name, taken in zip(copies, seconds, strict=True)}
+
+
+def outer(setup: Setup, precision: str, others: bool = False):
+    """Under each limit of memory with the chunk that is chosen by itself; `others`: other chunks without a limit."""
+    problem, operations = shared_problem(setup, precision)
+
+    def under_limit(gigabytes: int):
+        with setup.limited_to(gigabytes), products_in(precision):
+            chunk = chosen_chunk(problem())
+            return row(gigabytes, chunk, setup.measured(lambda: problem().ours(setup.sizes.steps, chunk)))
+
+    def with_chunk(chunk: int | None, benchmark: bool = False):
+        torch.backends.cudnn.benchmark = benchmark
+        with products_in(precision):
+            taken = setup.measured(lambda: problem().ours(setup.sizes.steps, chunk))
+        return row("none", chunk, taken, ", cudnn.benchmark" if benchmark else "")
+
+    def row(limit, chunk, taken: dict, how: str = "") -> dict:
+        done = operations(chunk)
+        share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate(precision)}
+        limit = "no limit" if limit == "none" else f"{limit} GB"
+        return {f"{precision}{how}, {limit}, {chunk or 'all'} at a time": {**taken, **share}}
+
+    if setup.on_card and not others:
+        for gigabytes in setup.sizes.limits:
+            yield f"{precision}, {gigabytes} GB", functools.partial(under_limit, gigabytes)
+    else:
+        for chunk in (None, *setup.sizes.chunks):
+            yield f"{precision}, {chunk or 'all'} at a time", functools.partial(with_chunk, chunk)
+        if setup.on_card:
+            yield f"{precision}, cudnn.benchmark", functools.partial(with_chunk, setup.sizes.chunks[0], True)
+
+
+def shared_problem(setup: Setup, precision: str, **changes):
+    """Functions that build the problem once, and that count its operations for a chunk."""
+    problem = functools.cache(lambda: setup.problem(bf16=precision == "bf16", **changes))
+    operations = functools.cache(lambda chunk: count_operations(lambda: problem().ours(setup.sizes.steps, chunk)))
+    return problem, operations
+
+
+def chosen_chunk(problem: Problem) -> int | None:
+    return fit_pair_chunk(problem.loss_fn, problem.start, problem.pairs, len(problem.pairs.image_syn))
+
+
+def unrolled(setup: Setup):
+    """Against a graph of all steps, with as many pairs as the card holds for that."""
+
+    def largest() -> dict:
+        for num_pairs in setup.sizes.unrolled:
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                return both(num_pairs)
+            setup.free()
+        return {"full unroll": {"note": f"does not fit with {setup.sizes.unrolled[-1]} pairs"}}
+
+    def both(num_pairs: int) -> dict:
+        steps = setup.sizes.steps
+        with products_in("tf32"):
+            plain = setup.problem(num_pairs, plain=True)
+            gradient, taken = plain.unroll(steps), setup.measured(lambda: plain.unroll(steps))
+            plain = setup.problem(num_pairs)
+            ours, taken_by_ours = plain.ours(steps), setup.measured(lambda: plain.ours(steps))
+        error, cosine = agreement(ours, gradient)
+        rows = {"full unroll": taken, "ours": {**taken_by_ours, "relative error": error, "cosine": cosine}}
+        return {f"{name}, {num_pairs} pairs": cells for name, cells in rows.items()}
+
+    yield "tf32", largest
+
+
+def precisions(setup: Setup):
+    """Agreement of each precision's gradient with that in float64, on few pairs."""
+    few, steps = setup.sizes.exact_pairs, setup.sizes.steps
+    exact = functools.cache(lambda: setup.problem(few, torch.float64).ours(steps))
+
+    def compare(precision: str, chunk: int | None) -> dict:
+        problem = setup.problem(few, bf16=precision == "bf16")
+        emulated = Tf32() if precision == "tf32" and not setup.on_card else contextlib.nullcontext()
+        with products_in(precision), emulated:
+            gradient = problem.ours(steps, chunk)
+        cells = {}
+        for name, part in (("pictures", slice(0, 1)), ("texts", slice(1, 2))):
+            error, cosine = agreement(gradient[part], exact()[part])
+            cells |= {f"error of {name}": error, f"cosine of {name}": cosine}
+        return {f"{precision}, {few} pairs, {chunk or 'all'} at a time": cells}
+
+    for precision in PRECISIONS:
+        for chunk in (None, (few + 1) // 2):
+            yield f"{precision}, {chunk or 'all'} at a time", functools.partial(compare, precision, chunk)
+
+
+def other_students(setup: Setup):
+    """Heads over a frozen tower, and a transformer with adapters; tf32."""
+    sizes = setup.sizes
+    students = {
+        f"heads over a frozen {sizes.encoder}": {"heads": True},
+        f"{sizes.transformer}, adapters of rank 4": {"image_encoder": sizes.transformer, "lora_rank": 4},
+    }
+
+    def measure(name: str, changes: dict) -> dict:
+        problem, operations = shared_problem(setup, "tf32", **changes)
+        with products_in("tf32"):
+            chunk = chosen_chunk(problem())
+            taken = setup.measured(lambda: problem().ours(sizes.steps, chunk))
+        done = operations(chunk)
+        share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate("tf32")}
+        return {f"{name}, {chunk or 'all'} at a time": {**taken, **share}}
+
+    for name, changes in students.items():
+        yield name, functools.partial(measure, name, changes)

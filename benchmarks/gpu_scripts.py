@@ -1,0 +1,115 @@
+"""An outer iteration as users run it, on a card: distill.py itself, and against a loop as released."""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+import buffer
+import distill
+from benchmarks.gpu_setup import Setup, products_in
+from benchmarks.measure import alternate
+from benchmarks.outer_iteration import Iterations
+from data.demo import make_demo
+from networks.text_encoder import SHORT_NAMES
+
+
+def published_command(setup: Setup):
+    """distill.py itself, after buffer.py: seconds from one iteration's line in metrics.jsonl to the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        prepare = functools.cache(lambda: make_experts(setup, root))
+        yield "distill.py", lambda: {"distill.py, no limit": distil(setup, prepare(), root / "run")}
+        for limit in setup.sizes.limits[-1:] if setup.on_card else ():
+
+            def limited(limit=limit):
+                with setup.limited_to(limit):
+                    return {f"distill.py, {limit} GB": distil(setup, prepare(), root / f"run{limit}")}
+
+            yield f"distill.py, {limit} GB", limited
+
+
+def make_experts(setup: Setup, root: Path) -> list[str]:
+    """Draws a data set, makes a text encoder and trains one expert; gives the flags that the scripts share."""
+    sizes = setup.sizes
+    counts = {"num_train": sizes.train_pictures, "num_val": 20, "num_test": 20}
+    make_demo(root / "data", **counts, image_size=64)
+    for split in ("train", "val", "test"):
+        (root / f"data/demo_{split}.json").rename(root / f"data/drawn_{split}.json")
+    flags = [
+        *("--dataset", "drawn", "--image_root", root / "data", "--ann_root", root / "data", "--device", setup.device),
+        *("--image_encoder", sizes.encoder, "--image_pretrained", "False", "--image_size", sizes.image_size),
+        *("--text_encoder", save_text_encoder(root / "text", sizes.text_dim), "--cache_dir", root / "cache"),
+        *("--num_workers", setup.num_workers, "--buffer_path", root / "buffers", "--disabled_wandb"),
+    ]
+    rates = ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01"]
+    run_script(buffer, [*flags, *rates, "--num_experts", 1, "--train_epochs", 3, "--cache_images"])
+    return flags
+
+
+def save_text_encoder(folder: Path, width: int) -> Path:
+    """A small BERT of this width, random weights, with the words of the demo."""
+    folder.mkdir()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(Path(SHORT_NAMES["demo"]) / name, folder)
+    words = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    size = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    transformers.BertModel(transformers.BertConfig(vocab_size=words, **size)).save_pretrained(folder)
+    return folder
+
+
+def distil(setup: Setup, flags: list, folder: Path) -> dict:
+    sizes = setup.sizes
+    if setup.on_card:
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    published = ["--syn_steps", sizes.steps, "--expert_epochs", 1, "--max_start_epoch", 2, "--num_queries", sizes.pairs]
+    published += ["--lr_img", 1000, "--lr_txt", 1000, "--lr_lr", "1e-2"]
+    quick = ["--Iteration", sizes.iterations, "--eval_it", 1000, "--num_eval", 1, "--epoch_eval_train", 1]
+    quick += ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01", "--no_report", "--draw", "False"]
+    out = run_script(distill, [*flags, *published, *quick, "--save_dir", folder])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [line["Seconds"] for line in lines if "Grand_Loss" in line]
+    taken = statistics.median(after - before for before, after in itertools.pairwise(seconds))
+    chunk = next((line for line in out.splitlines() if "at a time" in line), "all pairs at a time")
+    peaks = setup.peaks_so_far() if setup.on_card else {}
+    return {"s an iteration": taken, **peaks, "chunk": chunk.split(",")[0].split(" (")[0]}
+
+
+def run_script(script, arguments: list) -> str:
+    """What main(arguments) prints. Raises RuntimeError with its last line of error if it fails."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main([str(argument) for argument in arguments])
+    if code:
+        raise RuntimeError(f"{script.__name__} ended with {code}: {(err.getvalue().splitlines() or ['no word'])[-1]}")
+    return out.getvalue()
+
+
+def as_released(setup: Setup):
+    """The same gradient after building the networks anew and reading the expert's whole file."""
+
+    def measure() -> dict:
+        sizes = setup.sizes
+        arguments = setup.arguments(pairs=sizes.pairs, steps=sizes.steps, epochs=sizes.expert_epochs)
+        with tempfile.TemporaryDirectory() as folder, products_in("tf32"):
+            iterations = Iterations(arguments, Path(folder))
+            calls = {
+                "the gradient alone": iterations.gradient,
+                "ours, read ahead": iterations.ours,
+                "image encoder built and file read in each": iterations.rebuilding,
+                "text encoder built too, as released": iterations.as_released,
+            }
+            with contextlib.closing(iterations.prefetch):
+                iterations.gradient()
+                seconds = alternate(list(calls.values()), sizes.repeats, setup.device)
+        return {name: {"s": s, "share of the last": s / seconds[-1]} for name, s in zip(calls, seconds, strict=True)}
+
+    yield "tf32", measure

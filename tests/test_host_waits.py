@@ -1,0 +1,79 @@
+"""The sweep never asks a device for a number: shown without a card, on tensors that have a shape alone.
+
+torch's meta device stands for the card. It has no numbers to give, so that whatever would make the host wait for one
+fails there; copies between it and the host are listed, and must not be waited for. tests/test_cuda.py has the card.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from networks.lora import Lora
+from tests.unroll import Problem
+from utils.matching import Pairs, matching_gradient
+
+INDICES = ("aten._to_copy.default", True)  # one copy from the host, not waited for
+
+
+class Crossings(TorchDispatchMode):
+    """Operations that tensors of both devices take part in, as (name, non_blocking)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.seen.append((str(func), (kwargs or {}).get("non_blocking", False)))
+        return result
+
+
+@pytest.fixture(autouse=True)
+def autocast_knows_no_meta(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+
+
+def on_meta(encoder, **settings):
+    """The arguments of `matching_gradient`, with only the indices of the batches left on the host."""
+    problem = Problem(encoder, **settings).single()
+    _, start, target, pairs, batches, seed = problem.arguments(2)
+    problem.model.to("meta")
+    start, target = ({name: value.to("meta") for name, value in values.items()} for values in (start, target))
+    return problem.loss_fn, start, target, Pairs(*(tensor.to("meta") for tensor in pairs.tensors())), batches, seed
+
+
+@pytest.mark.parametrize(
+    ("encoder", "settings", "pair_chunk"),
+    [("test_nfnet", {}, None), ("test_nfnet", {}, 2), ("test_vit", {"lora": Lora(2, 4.0)}, 2)],
+)
+def test_one_copy_of_indices_is_all_that_crosses(encoder, settings, pair_chunk):
+    arguments = on_meta(encoder, **settings)
+    with Crossings() as crossings:
+        matching = matching_gradient(*arguments, pair_chunk, momentum=0.9, adjoint_decay=0.5)
+    assert matching.gradient.image_syn.device.type == "meta"
+    assert crossings.seen == [INDICES]
+
+
+@pytest.mark.parametrize("pair_chunk", [None, 2])
+def test_a_frozen_encoder_adds_one_copy(pair_chunk):
+    arguments = on_meta("test_nfnet", freeze="image_encoder", image_projection=True)
+    with Crossings() as crossings:
+        matching_gradient(*arguments, pair_chunk, momentum=0.9)
+    assert crossings.seen == [INDICES, INDICES]
+
+
+def test_crossings_and_questions_are_noticed():
+    value, numbers = torch.ones(3, device="meta"), torch.zeros(3)
+    with Crossings() as crossings:
+        numbers.to("meta")
+        value[torch.tensor([0, 2])]
+    assert [name for name, _ in crossings.seen] == [INDICES[0], "aten.index.Tensor"] and INDICES not in crossings.seen
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        value.sum().item()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        value.nonzero()

@@ -1,0 +1,117 @@
+"""The matching loss, a plain unroll of all steps as its oracle, and small problems for both, on any device."""
+
+import torch
+
+from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
+from networks.image_encoder import build_image_encoder
+from networks.lora import add_lora
+from utils.matching import Pairs, StudentLoss, draw_batches, matching_gradient
+
+NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
+TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
+
+
+def loss_in_chunks(loss_fn, params, images, text_embed, seed, pair_chunk):
+    """The student's loss with an image tower that sees `pair_chunk` pairs at a time, each with its own dropout."""
+    features = []
+    for number, chunk in enumerate(images.split(pair_chunk)):
+        torch.manual_seed(seed + (number + 1) * 2**41)
+        features.append(loss_fn.encode_image(params, chunk))
+    torch.manual_seed(seed)
+    return loss_fn.of_features(params, torch.cat(features), text_embed)
+
+
+def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, momentum=0.0, adjoint_decay=1.0):
+    """The oracle: every step's graph is kept. Returns the matching loss, a function of pairs' tensors.
+
+    A loss of γ θ + (1 − γ) θ held fixed has the same gradient, and γ times its derivative.
+    """
+    image_syn, text_syn, lr_img, lr_txt = pairs.tensors()
+    params = {name: value.detach().requires_grad_() for name, value in start.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in start.items()}
+    for step, batch in enumerate(batches):
+        theta = params
+        params = {n: adjoint_decay * value + (1 - adjoint_decay) * value.detach() for n, value in theta.items()}
+        torch.manual_seed(seed + step)
+        if pair_chunk is None or pair_chunk >= len(batch):
+            loss = loss_fn(params, image_syn[batch], text_syn[batch])
+        else:
+            loss = loss_in_chunks(loss_fn, params, image_syn[batch], text_syn[batch], seed + step, pair_chunk)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        velocity = {n: momentum * v + grad for (n, v), grad in zip(velocity.items(), grads, strict=True)}
+        params = {
+            name: value - (lr_img if name.startswith("image_") else lr_txt) * velocity[name]
+            for name, value in theta.items()
+        }
+    total = 0
+    for tower in ("image_", "text_"):
+        names = [name for name in start if name.startswith(tower)]
+        if names:
+            distance = sum((params[n] - target[n]).pow(2).sum() for n in names)
+            total = total + distance / sum((start[n] - target[n]).pow(2).sum() for n in names)
+    return total
+
+
+def unroll_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, **student):
+    """A rate that no parameter learns with has no gradient: 0."""
+    with torch.random.fork_rng():
+        leaves = Pairs(*(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors()))
+        loss = unroll(loss_fn, start, target, leaves, batches, seed, pair_chunk, **student)
+        gradient = torch.autograd.grad(loss, leaves.tensors(), allow_unused=True, materialize_grads=True)
+        return loss.detach(), Pairs(*gradient)
+
+
+def relative_error(value, expected):
+    assert expected.norm() > 0
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+class Problem:
+    """A student in float64 with everything `matching_gradient` takes; the same numbers on every device."""
+
+    def __init__(self, encoder, dropout=0.1, freeze=None, lora=None, image_projection=False, device="cpu", **kwargs):
+        generator = torch.Generator().manual_seed(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            image_encoder = build_image_encoder(encoder, 32, pretrained=False, kwargs=kwargs)
+            width = image_encoder.width
+            of_images = ProjectionHead(width, width, dropout) if image_projection else None
+            self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, width, dropout), image_projection=of_images)
+            if lora:
+                add_lora(image_encoder, lora)
+        if freeze:
+            getattr(self.model, freeze).requires_grad_(False)
+        self.model.to(device).double().train()
+        self.loss_fn = StudentLoss(self.model, 0.07)
+
+        def normal(shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+        # Moved from the initialisation, where some gains are exactly zero.
+        parameters = trained_parameters(self.model).items()
+        self.start = {name: p.detach() + 0.05 * normal(p.shape) for name, p in parameters}
+        self.target = {name: value + 0.02 * normal(value.shape) for name, value in self.start.items()}
+        rates = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (0.02, 0.05))
+        self.pairs = Pairs(normal((NUM_PAIRS, 3, 32, 32)), normal((NUM_PAIRS, TEXT_DIM)), *rates)
+
+    def single(self):
+        """The same student in single precision, as the scripts run it."""
+        self.model.float().to(memory_format=torch.channels_last)
+        self.start, self.target = ({n: v.float() for n, v in values.items()} for values in (self.start, self.target))
+        self.pairs = Pairs(*(tensor.float() for tensor in self.pairs.tensors()))
+        self.pairs.image_syn = self.pairs.image_syn.to(memory_format=torch.channels_last)
+        return self
+
+    def arguments(self, steps, seed=7, batch_size=BATCH_SIZE):
+        batches = draw_batches(NUM_PAIRS, batch_size, steps, torch.Generator().manual_seed(3))
+        return self.loss_fn, self.start, self.target, self.pairs, batches, seed
+
+
+def check_chunks(arguments, pair_chunk, expected=None, **student):
+    """Against the unroll whose image tower draws its random numbers in the same chunks."""
+    loss, expected = expected or unroll_gradient(*arguments, pair_chunk, **student)
+    matching = matching_gradient(*arguments, pair_chunk, **student)
+    assert relative_error(matching.loss, loss) < 1e-10
+    for name in NAMES:
+        value, exact = getattr(matching.gradient, name), getattr(expected, name)
+        assert (value - exact).norm() <= 1e-10 * exact.norm(), name
