@@ -68,7 +68,7 @@ class Guard:
         self.limited += 1
         if self.limited == 1:
             lines.append(
-                f"warning: the gradient of iteration {iteration} {what}, as others will be; metrics count them"
+                f"warning: the gradient of iteration {iteration} {what}; Limited_Gradients counts further ones"
             )
         return Pairs(*parts), lines
 
