@@ -8,7 +8,7 @@ from data.errors import InputError
 from utils.matching.pairs import Pairs
 from utils.matching.sweep import matching_gradient
 
-CPU_PICTURES = 20  # 100 pictures of 160 px through MobileNetV1: half the time of 12 at a time, and of all at once
+CPU_PICTURES = 20  # 100 pictures of 160 px through MobileNetV1: half the time of 12 or 50 at a time
 TRIAL_STEPS = 3  # the first, one whose θ_t comes from the host, and the last: more steps take no more memory
 SHARE = 0.85  # of the free memory is planned with; convolutions choose other workspaces for other sizes
 
