@@ -84,7 +84,7 @@ def parse_args(argv=None):
         "--optimizer",
         choices=OPTIMIZERS,
         default="sgd",
-        help="of the pairs: sgd as published, or adam, whose rates need no tuning between data sets and encoders",
+        help="of the pairs: sgd as published, or adam, whose rates are relative to the spread of pixels and texts",
     )
     add("--lr_img", type=cli.rate, help="rate of the pixels: 1000 with sgd, 0.03 standard deviations with adam")
     add(

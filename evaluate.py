@@ -17,6 +17,7 @@ from networks.clip_model import trained_parameters
 from utils import cli
 from utils.experts import LORA, find_trajectories
 from utils.export import export_sets
+from utils.files import save_text
 from utils.recipes import DEMO_DATA, recipe_defaults
 from utils.report import check_installed, write_table_page
 from utils.scoring import (
@@ -50,7 +51,7 @@ SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")  # with 
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 # Flags without effect beside --export.
-OF_TABLE = ("all_data", "tune_rates", "markdown", "json")
+OF_TABLE = ("all_data", "tune_rates", "markdown", "json", "report")
 
 
 def parse_args(argv=None):
@@ -132,13 +133,14 @@ def main(argv=None):
     for path, synset in synsets.items():
         check_width(path, synset, text_dim, args)
     test = retrieval_pairs(args, splits["test"], text_encoder)
-    validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else test
+    validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
     del text_encoder
 
     rows = []
     for name, encoder in by_encoder.items():
         factory = make_factory(encoder, text_dim, args.eval_full)
-        seen_test, seen_validation = (embedded_once(r, factory, args.batch_size_test) for r in (test, validation))
+        seen_test = embedded_once(test, factory, args.batch_size_test)
+        seen_validation = embedded_once(validation, factory, args.batch_size_test) if args.tune_rates else None
         for path, synset in synsets.items():
             if args.tune_rates:
                 synset = tuned(synset, seen_validation, factory, args)
@@ -282,17 +284,9 @@ def write_tables(rows: list[dict], args) -> None:
     numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
     for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if file:
-            write_text(Path(file), content)
+            save_text(file, content)
     for line in compare_rows(rows):
         print(line)
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 if __name__ == "__main__":

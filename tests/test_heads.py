@@ -174,6 +174,10 @@ def test_pictures_cache_has_no_use_for_a_frozen_encoder(run_buffer, tmp_path, ca
     assert "--cache_images" in stderr_line(capsys, run_buffer, tmp_path, *HEADS, "--cache_images")
 
 
+def test_views_have_no_use_for_an_encoder_that_trains(run_buffer, tmp_path, capsys):
+    assert "--image_trainable False" in stderr_line(capsys, run_buffer, tmp_path, "--aug_views", 2)
+
+
 # ---- evaluation on features
 
 

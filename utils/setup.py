@@ -69,6 +69,8 @@ def expert_loader(args, pairs: PairDataset, factory: ModelFactory):
     Where the image encoder is frozen, the batches hold its output for the pictures, computed once.
     """
     if factory.image_trainable:
+        if args.aug_views:
+            raise InputError("--aug_views is for a frozen image encoder; drop it or give --image_trainable False")
         augment = use_image_cache(pairs, args) if args.cache_images else None
         return lambda seed: pair_loader(pairs, args.batch_size_train, seed, args.num_workers), augment
     if args.cache_images:

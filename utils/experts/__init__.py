@@ -1,4 +1,4 @@
-"""Experts: how one is trained, and its trajectory on disk, one file of snapshots per expert."""
+"""Experts: their trajectories on disk, one file of snapshots per expert."""
 
 from utils.experts.snapshots import TYPES as SNAPSHOT_TYPES
 from utils.experts.trajectory import (

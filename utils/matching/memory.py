@@ -45,6 +45,8 @@ def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **stude
     device = pairs.image_syn.device
     if device.type != "cuda":
         return CPU_PICTURES if loss_fn.frozen_encoder is not None else None
+    if loss_fn.frozen_encoder is not None:
+        batch_size = len(pairs.image_syn)  # an iteration embeds the pictures of all its steps
 
     def peak(size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)

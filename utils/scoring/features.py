@@ -66,10 +66,11 @@ def embed_views(
         return embed_images(paths, encoder, image_size, batch_size, device, cache_dir)[None]
 
     def make():
+        size = 4 * views * len(paths) * encoder.width / 1e9
+        print(f"caching features of {views} views of {len(paths)} pictures: {size:.2f} GB in {cache_dir}")
         dataset = PictureViews(paths, train_transform(image_size), views)
         return _encode_views(dataset, encoder, batch_size, num_workers, device).view(views, len(paths), -1)
 
-    print(f"features of {views} views of {len(paths)} pictures: {4 * views * len(paths) * encoder.width / 1e9:.2f} GB")
     return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir)
 
 
