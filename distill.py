@@ -8,16 +8,19 @@ import functools
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
+from networks.loss import LOSS_TYPES
 from utils import cli
-from utils.experts import check_epochs, find_trajectories, stored_lora
+from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
 from utils.log import Log
 from utils.matching import (
+    BATCH_ORDERS,
     OPTIMIZERS,
     Draws,
     OutOfMemory,
@@ -55,6 +58,7 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
+from utils.similarity import SIM_TYPES
 from utils.synset import SynSet, load_synset, save_synset
 
 # What may differ between a run and its continuation.
@@ -62,8 +66,13 @@ FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
     *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe", "report", "coreset"),
 }
+EMA_HELP = "what is scored and saved is an average over iterations with this decay; 0 for the pairs as they are"
 # What runs were made with that lack a setting; their student had the temperature of the experts.
-ADDED = {"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False}
+ADDED = {
+    **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
+    **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
+    **{"batch_order": "independent", "phases": 1, "shortcut": None},
+}
 
 
 def parse_args(argv=None):
@@ -91,6 +100,8 @@ def parse_args(argv=None):
         "--lr_txt", type=cli.rate, help="rate of the text embeddings: 1000 with sgd, 0.03 standard deviations with adam"
     )
     add("--lr_lr", type=cli.rate, help="rate of the learned rates: 0.01 with sgd, 0.02 of their logarithm with adam")
+    add("--lr_sim", type=cli.rate, help="rate of the soft targets: 10 with sgd, 0.03 with adam")
+    add("--ema_decay", type=cli.number(float, least=0, below=1), default=0.0, help=EMA_HELP)
     add("--lr_teacher_img", type=cli.positive, default=0.1, help="first value of the image tower's learned rate")
     add("--lr_teacher_txt", type=cli.positive, default=0.1, help="first value of the text tower's learned rate")
     add(
@@ -111,6 +122,7 @@ def parse_args(argv=None):
         default=1.0,
         help="how much of an earlier step's effect on the later ones the gradient keeps: 1 is exact, 0 is TESLA's",
     )
+    add_target_flags(parser)
     add("--pix_init", choices=("real", "noise"), default="real", help="pixels start from real pictures or noise")
     add("--txt_init", choices=("real", "noise"), default="real", help="texts start from real captions or noise")
     parser.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
@@ -131,10 +143,40 @@ def parse_args(argv=None):
     return parser.parse(argv, defaults=lambda args: stored_lora(args.buffer_path, vars(args)))
 
 
+def add_target_flags(parser: cli.Parser) -> None:
+    """What later methods add: soft targets, blending, phases, other minibatches and other trajectories to match."""
+    add = parser.add_argument
+    add("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="of the student and of what trains on the pairs")
+    add("--sim_type", choices=SIM_TYPES, default="none", help="learn how alike pairs are: the targets of the loss")
+    add("--sim_rank", type=cli.count, default=10, help="rank of a lowrank similarity")
+    add("--alpha", type=cli.positive, default=3.0, help="a lowrank similarity's product is scaled by alpha / sim_rank")
+    add(
+        "--blend_alpha",
+        type=cli.rate,
+        default=0.0,
+        help="the student mixes the embeddings of each pair with another's by a weight from Beta(a, a); 0 for none",
+    )
+    add("--batch_order", choices=BATCH_ORDERS, default="independent", help="of the pairs over the student's steps")
+    add(
+        "--phases",
+        type=cli.count,
+        default=1,
+        help="learn the pairs in so many parts, one after the other, each with starts an epoch later than the last; "
+        "what trains on the set sees the parts in this order",
+    )
+    add(
+        "--shortcut",
+        type=cli.count,
+        metavar="K",
+        help="match straightened trajectories from an expert's start to epoch K",
+    )
+
+
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     check_frozen(args)
+    check_targets(args)
     check_run_folder(Path(args.save_dir), args.resume)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
     with saved_when_stopped(run):
@@ -167,7 +209,8 @@ class Distillation:
         settings = {**vars(args), **training}
         start = trained_parameters(model)
         experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
-        check_epochs(experts, args.max_start_epoch, args.expert_epochs)
+        check_epochs(experts, args.phases - 1 + args.max_start_epoch, args.expert_epochs, args.shortcut)
+        ways = [Shortcut(expert, args.shortcut) for expert in experts] if args.shortcut else experts
 
         # The real pairs, and the synthetic ones.
         self.real, self.real_embed = training_pairs(args, splits["train"], text_encoder)
@@ -178,20 +221,24 @@ class Distillation:
         del text_encoder
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
         lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
-        self.learner = PairLearner(self.pairs, lr_img, lr_txt, args.lr_lr, args.optimizer)
+        rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
+        self.learner = PairLearner(self.pairs, *rates, args.ema_decay)
         if args.resume:
+            free = FREE_ON_RESUME - {"Iteration"} if args.phases > 1 else FREE_ON_RESUME  # a phase is a part of them
             added = {**ADDED, "student_temperature": args.temperature}
-            self.learner.load(self.folder / "state.safetensors", vars(args), FREE_ON_RESUME, added)
+            self.learner.load(self.folder / "state.safetensors", vars(args), free, added)
             check_progress(self.folder, self.learner.iteration, args.Iteration)
 
         # The student, what it reads ahead, the page and the log.
-        self.loss_fn = StudentLoss(model, args.student_temperature)
+        how = args.student_temperature, args.loss_type, args.alpha, args.blend_alpha
+        self.loss_fn = StudentLoss(model, *how)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         trial = self.loss_fn, start, self.pairs, batch_size
         self.pair_chunk = args.pair_chunk or fit_pair_chunk(*trial, **self.student)
         of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
-        draws = Draws(experts, args.seed, *of_student, args.expert_epochs)
+        of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration
+        draws = Draws(ways, args.seed, *of_student)
         self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)
         compared = factory, self.judge, experts, args.coreset
         texts = self.real.captions, self.real_embed
@@ -248,8 +295,9 @@ class Distillation:
         self.log.finish()
 
     def current_set(self) -> SynSet:
-        captions = nearest_captions(self.pairs.text_syn, self.real_embed, self.real.captions)
-        return as_set(self.pairs, captions, self.factory.encoder, self.args, self.learner.iteration)
+        pairs = self.learner.averaged
+        captions = nearest_captions(pairs.text_syn, self.real_embed, self.real.captions)
+        return as_set(pairs, captions, self.factory.encoder, self.args, self.learner.iteration)
 
     def save(self) -> None:
         """Saves the set and the state; after a spoilt step those of the last evaluation stay."""
@@ -284,6 +332,16 @@ def check_frozen(args) -> None:
         raise InputError("the modality that is not learned must start from real values; drop its noise init")
 
 
+def check_targets(args) -> None:
+    """Raises InputError for soft targets, blending or phases that do not go with the rest."""
+    if args.sim_type != "none" and args.loss_type == "InfoNCE":
+        raise InputError(f"--loss_type InfoNCE has hard targets; give NCE, BCE or WBCE with --sim_type {args.sim_type}")
+    if args.blend_alpha and args.image_trainable:
+        raise InputError("--blend_alpha mixes what a frozen image encoder gives; add --image_trainable False")
+    if args.phases > args.num_queries:
+        raise InputError(f"--phases {args.phases} is more than the {args.num_queries} pairs; lower it")
+
+
 def check_run_folder(run: Path, resume: bool) -> None:
     """Refuses to write over a run, or to continue one that is not there."""
     exists = (run / "state.safetensors").exists()
@@ -300,10 +358,12 @@ def check_progress(run: Path, done: int, iterations: int) -> None:
 
 def as_set(pairs: Pairs, captions, encoder, args, iteration: int) -> SynSet:
     """A copy of the current pairs with all that is needed to train on them elsewhere."""
-    image_syn, text_syn, lr_img, lr_txt = (tensor.detach().clone() for tensor in pairs.tensors())
+    image_syn, text_syn, lr_img, lr_txt, *similarity = (tensor.detach().clone() for tensor in pairs.tensors())
     distilled = "distilled images" if args.image_only else "distilled texts" if args.text_only else "distilled"
     settings = {**vars(args), "method": distilled if iteration else "initial", "iteration": iteration}
-    return SynSet(image_syn, text_syn, lr_img.item(), lr_txt.item(), captions, encoder.mean, encoder.std, settings)
+    synset = SynSet(image_syn, text_syn, lr_img.item(), lr_txt.item(), captions, encoder.mean, encoder.std, settings)
+    targets = {"similarity": tuple(similarity), "alpha": args.alpha, "loss_type": args.loss_type}
+    return replace(synset, **targets, phases=args.phases)
 
 
 def score(synset: SynSet, retrieval, seed: int, factory, args, on_model=None) -> list[dict]:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+SHARPNESS = 10  # of the distribution that NCE makes of a row of similarities: e¹⁰ for the own pair, 1 for another
+
 
 def contrastive_loss(image_features, text_features, temperature: float):
     """Symmetric cross-entropy over the similarities of matching pairs (InfoNCE, as in CLIP).
@@ -17,3 +19,47 @@ def contrastive_loss(image_features, text_features, temperature: float):
     logits_per_image = image_features @ text_features.T / temperature  # [B, B]
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
+
+
+def pair_loss(image_features, text_features, temperature: float, loss_type: str = "InfoNCE", similarity=None):
+    """One of `LOSS_TYPES`, the last three with soft targets (Xu et al., "Low-Rank Similarity Mining", ICML 2024).
+
+    InfoNCE is `contrastive_loss`. With logits Z [B, B] as there and targets S:
+    NCE: the same cross-entropies against softmax(10 S), of rows one way and of columns the other. Without the
+        softmax, as published, a learned S drives the loss to minus infinity.
+    BCE: binary cross-entropy of σ(Z) with S, the mean of all.
+    WBCE: the same with log(σ + 1e-6), the mean over S > 0.5 and the mean over the rest, averaged.
+
+    Args:
+        similarity: S [B, B], row i of image i; the identity if None. InfoNCE has none.
+    """
+    if loss_type == "InfoNCE":
+        return contrastive_loss(image_features, text_features, temperature)
+    logits = image_features @ text_features.T / temperature
+    if similarity is None:
+        similarity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    return _SOFT_LOSSES[loss_type](logits, similarity)
+
+
+def _nce(logits, similarity):
+    losses = (
+        -(torch.softmax(SHARPNESS * targets, dim=1) * torch.log_softmax(values, dim=1)).sum(dim=1).mean()
+        for values, targets in ((logits, similarity), (logits.T, similarity.T))
+    )
+    return sum(losses) / 2
+
+
+def _bce(logits, similarity):
+    return (F.softplus(logits) - similarity * logits).mean()
+
+
+def _wbce(logits, similarity):
+    probability = torch.sigmoid(logits)
+    losses = -similarity * torch.log(probability + 1e-6) - (1 - similarity) * torch.log(1 - probability + 1e-6)
+    alike = similarity.detach() > 0.5
+    means = (torch.where(part, losses, 0).sum() / part.sum().clamp(min=1) for part in (alike, ~alike))
+    return sum(means) / 2
+
+
+_SOFT_LOSSES = {"NCE": _nce, "BCE": _bce, "WBCE": _wbce}
+LOSS_TYPES = ("InfoNCE", *_SOFT_LOSSES)

@@ -11,14 +11,22 @@ NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
 
 
-def loss_in_chunks(loss_fn, params, images, text_embed, seed, pair_chunk):
+def soft_targets(similarity, batch, alpha):
+    """LoRS's S = diag(w) + α / r L Rᵀ, or S itself, of a batch; in a list, empty for hard targets."""
+    if len(similarity) == 3:
+        weights, left, right = similarity
+        similarity = [torch.diag_embed(weights) + torch.einsum("ik,jk->ij", left, right) * alpha / left.size(1)]
+    return [matrix[batch][:, batch] for matrix in similarity]
+
+
+def loss_in_chunks(loss_fn, params, images, text_embed, targets, seed, pair_chunk):
     """The student's loss with an image tower that sees `pair_chunk` pairs at a time, each with its own dropout."""
     features = []
     for number, chunk in enumerate(images.split(pair_chunk)):
         torch.manual_seed(seed + (number + 1) * 2**41)
         features.append(loss_fn.encode_image(params, chunk))
     torch.manual_seed(seed)
-    return loss_fn.of_features(params, torch.cat(features), text_embed)
+    return loss_fn.of_features(params, torch.cat(features), text_embed, *targets)
 
 
 def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, momentum=0.0, adjoint_decay=1.0):
@@ -26,17 +34,19 @@ def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, moment
 
     A loss of γ θ + (1 − γ) θ held fixed has the same gradient, and γ times its derivative.
     """
-    image_syn, text_syn, lr_img, lr_txt = pairs.tensors()
+    image_syn, text_syn, lr_img, lr_txt, *similarity = pairs.tensors()
     params = {name: value.detach().requires_grad_() for name, value in start.items()}
     velocity = {name: torch.zeros_like(value) for name, value in start.items()}
     for step, batch in enumerate(batches):
         theta = params
         params = {n: adjoint_decay * value + (1 - adjoint_decay) * value.detach() for n, value in theta.items()}
         torch.manual_seed(seed + step)
+        inputs = image_syn[batch], text_syn[batch]
+        targets = soft_targets(similarity, batch, getattr(loss_fn, "alpha", 1.0))
         if pair_chunk is None or pair_chunk >= len(batch):
-            loss = loss_fn(params, image_syn[batch], text_syn[batch])
+            loss = loss_fn(params, *inputs, *targets)
         else:
-            loss = loss_in_chunks(loss_fn, params, image_syn[batch], text_syn[batch], seed + step, pair_chunk)
+            loss = loss_in_chunks(loss_fn, params, *inputs, targets, seed + step, pair_chunk)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         velocity = {n: momentum * v + grad for (n, v), grad in zip(velocity.items(), grads, strict=True)}
         params = {
@@ -55,10 +65,10 @@ def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, moment
 def unroll_gradient(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, **student):
     """A rate that no parameter learns with has no gradient: 0."""
     with torch.random.fork_rng():
-        leaves = Pairs(*(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors()))
+        leaves = Pairs.of(tensor.detach().clone().requires_grad_() for tensor in pairs.tensors())
         loss = unroll(loss_fn, start, target, leaves, batches, seed, pair_chunk, **student)
         gradient = torch.autograd.grad(loss, leaves.tensors(), allow_unused=True, materialize_grads=True)
-        return loss.detach(), Pairs(*gradient)
+        return loss.detach(), Pairs.of(gradient)
 
 
 def relative_error(value, expected):
@@ -112,6 +122,6 @@ def check_chunks(arguments, pair_chunk, expected=None, **student):
     loss, expected = expected or unroll_gradient(*arguments, pair_chunk, **student)
     matching = matching_gradient(*arguments, pair_chunk, **student)
     assert relative_error(matching.loss, loss) < 1e-10
-    for name in NAMES:
-        value, exact = getattr(matching.gradient, name), getattr(expected, name)
+    for name, value in matching.gradient.named().items():
+        exact = expected.named()[name]
         assert (value - exact).norm() <= 1e-10 * exact.norm(), name

@@ -199,7 +199,7 @@ def add_recipe_flag(parser: Parser) -> None:
         "--recipe",
         choices=RECIPES,
         help="a whole set of defaults: wu2024, the paper's, unless --dataset demo; heads, frozen encoders with a "
-        "projection on each side; demo",
+        "projection on each side; lors, repblend, ptmst, of later papers; demo",
     )
 
 

@@ -4,18 +4,32 @@ from pathlib import Path
 
 RELEASED_STUDENT = 0.376  # 1 / ln(1 / 0.07): the released student's scale is not exponentiated
 
+HEADS = {"image_trainable": False, "only_has_image_projection": True}
+# Of LoRS for 100 pairs of Flickr30K (Xu et al., ICML 2024); 99 pairs, as the similarity takes the place of one.
+LORS = {
+    **{"num_queries": 99, "mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07},
+    **{"loss_type": "WBCE", "sim_type": "lowrank", "sim_rank": 10, "alpha": 3.0},
+    **{"lr_img": 100.0, "lr_txt": 100.0, "lr_sim": 10.0, "epoch_eval_train": 100, "batch_train": 128},
+}
+
 # A recipe's settings, for each script that has the flag; those under a script's name are for it alone.
 RECIPES = {
     "wu2024": {},  # the paper's settings are the flags' own defaults
     "heads": {
-        "image_trainable": False,
-        "only_has_image_projection": True,
+        **HEADS,
         "optimizer": "adam",
         "mini_batch_size": None,  # all pairs
         "student_momentum": 0.9,
         "student_temperature": 0.07,
         "epoch_eval_train": 100,
         "distill.py": {"lr_teacher_img": 0.03, "lr_teacher_txt": 0.03},
+    },
+    "lors": LORS,
+    "repblend": {**LORS, **HEADS, "blend_alpha": 1.0},
+    "ptmst": {
+        **LORS,
+        **HEADS,
+        **{"sim_type": "full", "lr_img": 1000.0, "lr_txt": 1000.0, "ema_decay": 0.99, "shortcut": 5},
     },
     "demo": {
         "no_aug": True,  # a flipped picture would make "left of" wrong
@@ -51,10 +65,10 @@ DEMO_DATA = {
     "num_workers": 0,
 }
 
-# What --lr_img, --lr_txt and --lr_lr are if not given.
+# What --lr_img, --lr_txt, --lr_lr and --lr_sim are if not given.
 OUTER_RATES = {
-    "sgd": {"lr_img": 1000.0, "lr_txt": 1000.0, "lr_lr": 1e-2},
-    "adam": {"lr_img": 0.03, "lr_txt": 0.03, "lr_lr": 0.02},
+    "sgd": {"lr_img": 1000.0, "lr_txt": 1000.0, "lr_lr": 1e-2, "lr_sim": 10.0},
+    "adam": {"lr_img": 0.03, "lr_txt": 0.03, "lr_lr": 0.02, "lr_sim": 0.03},
 }
 
 

@@ -26,6 +26,7 @@ from networks.lora import Lora
 from networks.text_encoder import TextEncoder
 from utils.matching import Pairs
 from utils.scoring import EmbedLoader, embed_views, random_rows
+from utils.similarity import initial_similarity
 
 
 def find_device(args) -> torch.device:
@@ -163,5 +164,6 @@ def initial_pairs(args, real, real_embed, encoder, device) -> Pairs:
     if args.txt_init == "noise":
         text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
     rates = torch.tensor(args.lr_teacher_img), torch.tensor(args.lr_teacher_txt)
+    similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
     image_syn = image_syn.to(device, memory_format=torch.channels_last)
-    return Pairs(image_syn, text_syn.to(device), *(rate.to(device) for rate in rates))
+    return Pairs.of([image_syn, *(tensor.to(device) for tensor in (text_syn, *rates, *similarity))])

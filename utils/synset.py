@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
+from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.similarity import PARTS, similarity_matrix, similarity_names
 
 KIND = "set of pairs"
 TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
@@ -25,6 +27,9 @@ class SynSet:
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
+        similarity, alpha: parts of the soft targets and their α, see `utils.similarity`; none for hard targets.
+        loss_type: what to train with, see `networks.loss.pair_loss`.
+        phases: parts of the set that a model trains on one after the other, see `utils.phases`.
     """
 
     image_syn: torch.Tensor
@@ -37,6 +42,15 @@ class SynSet:
     settings: dict = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    similarity: tuple[torch.Tensor, ...] = ()
+    alpha: float = 1.0
+    loss_type: str = "InfoNCE"
+    phases: int = 1
+
+    @property
+    def targets(self) -> torch.Tensor | None:
+        """The soft targets S [M, M]; None for hard ones."""
+        return similarity_matrix(self.similarity, self.alpha)
 
 
 def save_synset(path: str | Path, synset: SynSet) -> None:
@@ -50,8 +64,10 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
         "text_syn": synset.text_syn,
         "syn_lr_img": torch.tensor(synset.syn_lr_img),
         "syn_lr_txt": torch.tensor(synset.syn_lr_txt),
+        **dict(zip(similarity_names(synset.similarity), synset.similarity, strict=True)),
     }
-    named = {key: getattr(synset, key) for key in ("captions", "mean", "std", "settings", "files", "scores")}
+    keys = "captions", "mean", "std", "settings", "files", "scores", "alpha", "loss_type", "phases"
+    named = {key: getattr(synset, key) for key in keys}
     save_tensors(path, tensors, {"kind": KIND, **named})
 
 
@@ -63,7 +79,12 @@ def load_synset(path: str | Path) -> SynSet:
     """
     handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
     tensors = {name: handle.get_tensor(name) for name in TENSORS}
-    problem = _misfit(tensors, metadata)
+    names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(handle.keys())), ())
+    similarity = tuple(handle.get_tensor(name) for name in names)
+    problem = _misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
+    loss_type = metadata.get("loss_type", "InfoNCE")
+    if not problem and loss_type not in LOSS_TYPES:
+        problem = f"its loss_type is {loss_type} instead of one of {', '.join(LOSS_TYPES)}"
     if problem:
         raise InputError(f"{KIND} {path} is not whole: {problem}; make it again")
     return SynSet(
@@ -77,7 +98,23 @@ def load_synset(path: str | Path) -> SynSet:
         settings=metadata["settings"],
         files=metadata.get("files", []),
         scores=metadata.get("scores", []),
+        similarity=similarity,
+        alpha=metadata.get("alpha", 1.0),
+        loss_type=loss_type,
+        phases=metadata.get("phases", 1),
     )
+
+
+def similarity_misfit(similarity: tuple[torch.Tensor, ...], num_pairs: int) -> str | None:
+    """What keeps the parts from being an S of `num_pairs` pairs."""
+    shapes = [tuple(part.shape) for part in similarity]
+    rank = shapes[-1][-1] if len(shapes) == 3 and len(shapes[-1]) == 2 else 0
+    expected = {0: [], 1: [(num_pairs,) * 2], 3: [(num_pairs,), (num_pairs, rank), (num_pairs, rank)]}
+    if shapes != expected.get(len(shapes)):
+        return f"its similarity has the shape {' '.join(map(str, shapes))} for {num_pairs} pairs"
+    if not all(part.is_floating_point() and torch.isfinite(part).all() for part in similarity):
+        return "its similarity is not made of finite floats"
+    return None
 
 
 def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:

@@ -3,7 +3,7 @@
 from utils.matching.draws import Draws
 from utils.matching.learner import OPTIMIZERS, PairLearner
 from utils.matching.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chunk_advice
-from utils.matching.pairs import Pairs, draw_batches
+from utils.matching.pairs import BATCH_ORDERS, Pairs, draw_batches
 from utils.matching.prefetch import Prefetch, prepare, to_device
 from utils.matching.student import StudentLoss
 from utils.matching.sweep import Matching, matching_gradient, matching_loss

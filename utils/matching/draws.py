@@ -9,6 +9,7 @@ from torch import Tensor
 from data.errors import InputError
 from utils.matching.pairs import draw_batches
 from utils.matching.prefetch import prepare
+from utils.phases import phase_rows
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Draws:
         num_pairs, batch_size, steps: of the student's mini-batches, see `draw_batches`.
         max_start_epoch: students start below this epoch.
         expert_epochs: from the start to the target.
+        batch_order: see `draw_batches`.
+        phases: of the pairs, see `utils.phases`; that of number p is drawn alone, its students start p epochs later.
+        iterations: all together; each phase has an equal part of them.
     """
 
     experts: list
@@ -29,6 +33,9 @@ class Draws:
     steps: int
     max_start_epoch: int
     expert_epochs: int
+    batch_order: str = "independent"
+    phases: int = 1
+    iterations: int = 1
 
     def read(self, iteration: int, device: torch.device) -> tuple[int, dict, dict, list[Tensor], int]:
         """Start epoch, the expert's snapshots there and at the target, batches, and the seed of the student's steps.
@@ -37,8 +44,11 @@ class Draws:
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
         expert = self.experts[torch.randint(len(self.experts), (), generator=generator)]
-        start_epoch = torch.randint(self.max_start_epoch, (), generator=generator).item()
-        batches = draw_batches(self.num_pairs, self.batch_size, self.steps, generator)
+        phase = min(iteration * self.phases // self.iterations, self.phases - 1)
+        start_epoch = phase + torch.randint(self.max_start_epoch, (), generator=generator).item()
+        rows = phase_rows(self.num_pairs, self.phases)[phase]
+        batches = draw_batches(len(rows), self.batch_size, self.steps, generator, self.batch_order)
+        batches = [rows[batch] for batch in batches]
         step_seed = torch.randint(2**40, (), generator=generator).item()
         try:
             epochs = start_epoch, start_epoch + self.expert_epochs

@@ -9,7 +9,7 @@ from data.errors import InputError
 from utils.matching.pairs import Pairs
 from utils.matching.sweep import Matching
 
-PARTS = ("pictures", "texts", "image rate", "text rate")
+PARTS = ("pictures", "texts", "image rate", "text rate")  # and parts of the similarity, if it is learned
 FACTOR = 10  # a gradient's norm may be so many times the median of the norms before it
 MEMORY = 50  # norms that are remembered
 LEAST_SEEN = 5  # before so many there is no median to speak of
@@ -53,7 +53,8 @@ class Guard:
         self.skipped_in_a_row = 0
         parts, reasons = list(gradient.tensors()), []
         norms = [part.norm().item() for part in parts]
-        for i, name in enumerate(PARTS if len(self.norms) >= LEAST_SEEN else ()):
+        names = *PARTS, *("similarity" for _ in gradient.similarity)
+        for i, name in enumerate(names if len(self.norms) >= LEAST_SEEN else ()):
             usual = statistics.median(seen[i] for seen in self.norms)
             if norms[i] > FACTOR * usual > 0:
                 reasons.append(f"{norms[i] / usual:.0f} times the usual one for the {name}")
@@ -70,7 +71,7 @@ class Guard:
             lines.append(
                 f"warning: the gradient of iteration {iteration} {what}; Limited_Gradients counts further ones"
             )
-        return Pairs(*parts), lines
+        return Pairs.of(parts), lines
 
     def _judge_loss(self, matching: Matching, iteration: int) -> list[str]:
         loss, losses = matching.loss.item(), matching.student_losses.tolist()

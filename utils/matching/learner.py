@@ -8,10 +8,9 @@ from torch import Tensor
 from data.errors import InputError
 from utils.files import open_tensors, save_tensors
 from utils.matching.guard import Guard
-from utils.matching.pairs import Pairs
+from utils.matching.pairs import NAMES, Pairs
 
 KIND = "distillation state"
-NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 RATES = NAMES[2:]
 MIN_RATE = 1e-4  # rates that SGD learns are clamped here, so that they stay positive
 OLD_NAMES = {"momentum_buffer": "momentum"}  # of optimizer states in the file
@@ -24,33 +23,51 @@ class PairLearner:
     "sgd", as published: momentum 0.5, on the values themselves; learned rates are at least `MIN_RATE`, and no step
     more than doubles or halves one.
     "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
-    embeddings, and the learned rates move on a logarithmic scale, so that the same numbers fit other data and encoders.
+    embeddings, lr_sim in units of S, and the learned rates move on a logarithmic scale, so that the same numbers fit
+    other data and encoders.
 
     Args:
         pairs: the first pairs; moved in place.
-        lr_img, lr_txt, lr_lr: learning rates of the pixels, the text embeddings and the learned rates; 0 keeps them.
+        lr_img, lr_txt, lr_lr, lr_sim: learning rates of the pixels, the text embeddings, the learned rates and the soft
+            targets; 0 keeps them.
+        ema_decay: of the average of the pairs over the steps, `averaged`; 0 for the pairs themselves.
 
     Attributes:
         pairs: the current `Pairs`.
+        averaged: e ← d e + (1 − d) pairs after each step, from the first pairs on; with d = 0 the current ones.
         guard: what limits a gradient far outside what the run has seen, see `Guard`.
         iteration: steps taken.
         evaluated: iteration of the last evaluation, -1 before the first.
         best: best validation recall so far.
     """
 
-    def __init__(self, pairs: Pairs, lr_img: float, lr_txt: float, lr_lr: float, optimizer: str = "sgd"):
-        self.pairs = pairs
+    def __init__(
+        self,
+        pairs: Pairs,
+        lr_img: float,
+        lr_txt: float,
+        lr_lr: float,
+        optimizer: str = "sgd",
+        lr_sim: float = 0.0,
+        ema_decay: float = 0.0,
+    ):
+        self.pairs, self.ema_decay = pairs, ema_decay
+        self.averaged = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors()) if ema_decay else pairs
         self.in_logs, self.lr_lr = optimizer == "adam", lr_lr
         self.guard = Guard()
         self.iteration, self.evaluated, self.best = 0, -1, -math.inf
-        self.named = dict(zip(NAMES, (tensor.requires_grad_() for tensor in pairs.tensors()), strict=True))
-        self.moved = dict(self.named)  # what the optimizer sees
+        self.named = {name: tensor.requires_grad_() for name, tensor in pairs.named().items()}
+        # What the optimizer sees, in the order of the pairs.
+        self.moved = {
+            f"log_{name}" if self._in_log(name) else name: tensor.detach().log() if self._in_log(name) else tensor
+            for name, tensor in self.named.items()
+        }
         if self.in_logs:
-            self.moved |= {f"log_{name}": self.moved.pop(name).detach().log() for name in RATES}
             lr_img, lr_txt = lr_img * pairs.image_syn.std().item(), lr_txt * pairs.text_syn.std().item()
+        by_name = dict(zip(NAMES, (lr_img, lr_txt, lr_lr, lr_lr), strict=True))
         groups = [
-            {"params": [tensor], "lr": lr}
-            for tensor, lr in zip(self.moved.values(), (lr_img, lr_txt, lr_lr, lr_lr), strict=True)
+            {"params": [variable], "lr": by_name.get(name, lr_sim)}
+            for name, variable in zip(self.named, self.moved.values(), strict=True)
         ]
         if self.in_logs:
             self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -63,7 +80,7 @@ class PairLearner:
         for variable, (name, value), grad in zip(
             self.moved.values(), self.named.items(), gradient.tensors(), strict=True
         ):
-            variable.grad = grad * value if self.in_logs and name in RATES else grad  # ∂L/∂log β = β ∂L/∂β
+            variable.grad = grad * value if self._in_log(name) else grad  # ∂L/∂log β = β ∂L/∂β
         before = {name: self.named[name].clone() for name in RATES}
         self.optimizer.step()
         for name in RATES:
@@ -71,7 +88,13 @@ class PairLearner:
                 self.named[name].copy_(self.moved[f"log_{name}"].exp())
             else:
                 self._limit_rate(name, before[name])
+        if self.ema_decay:
+            for average, value in zip(self.averaged.tensors(), self.pairs.tensors(), strict=True):
+                average.lerp_(value, 1 - self.ema_decay)
         self.iteration += 1
+
+    def _in_log(self, name: str) -> bool:
+        return self.in_logs and name in RATES
 
     def _limit_rate(self, name: str, before: Tensor) -> None:
         rate = self.named[name]
@@ -83,10 +106,13 @@ class PairLearner:
         return all(torch.isfinite(tensor).all() for tensor in self.named.values())
 
     def save(self, path, settings: dict) -> None:
-        """Writes pairs, optimizer and progress. Raises InputError if the file cannot be written."""
+        """Writes pairs, their average, optimizer and progress. Raises InputError if the file cannot be written."""
         best = self.best if math.isfinite(self.best) else None
         progress = {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "guard": self.guard.state()}
-        tensors = {**self.named, **self.moved, **self._optimizer_state()}
+        average = (
+            {f"average/{name}": tensor for name, tensor in self.averaged.named().items()} if self.ema_decay else {}
+        )
+        tensors = {**self.named, **self.moved, **average, **self._optimizer_state()}
         save_tensors(path, tensors, {"kind": KIND, "settings": settings, **progress})
 
     def _optimizer_state(self) -> dict[str, Tensor]:
@@ -97,10 +123,15 @@ class PairLearner:
             if value is not None
         }
 
-    def _restore_optimizer(self, stored: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def _restore(self, stored: dict[str, Tensor]) -> None:
+        """The average and the optimizer's state, whose names have a "/"."""
         new_names = {old: new for new, old in OLD_NAMES.items()}
         for key, value in stored.items():
             part, _, name = key.partition("/")
+            if part == "average":
+                self.averaged.named()[name].copy_(value)
+                continue
             variable = self.moved[name]
             if part != "step":  # Adam's count of steps stays on the CPU
                 value = torch.empty_like(variable).copy_(value)
@@ -126,7 +157,7 @@ class PairLearner:
         with torch.no_grad():
             for name, tensor in {**self.named, **self.moved}.items():
                 tensor.copy_(stored[name])
-        self._restore_optimizer({name: value for name, value in stored.items() if "/" in name})
+        self._restore({name: value for name, value in stored.items() if "/" in name})
         self.iteration, self.evaluated = metadata["iteration"], metadata["evaluated"]
         self.best = -math.inf if metadata["best"] is None else metadata["best"]
         self.guard.restore(metadata.get("guard", {}))

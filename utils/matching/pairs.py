@@ -1,34 +1,63 @@
 """What is learned, and which of it each student step sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from utils.similarity import similarity_names
+
+BATCH_ORDERS = ("independent", "permutation")
+NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
+
 
 @dataclass
 class Pairs:
-    """What is learned: M synthetic pairs and the two rates the student trains with.
+    """What is learned: M synthetic pairs, the two rates the student trains with, and soft targets if wanted.
 
     Attributes:
         image_syn: [M, 3, H, W] normalised pixels.
         text_syn: [M, D_text] text embeddings.
         syn_lr_img, syn_lr_txt: scalars, β of the image and of the text tower.
+        similarity: parts of S, see `utils.similarity`; empty for hard targets.
     """
 
     image_syn: Tensor
     text_syn: Tensor
     syn_lr_img: Tensor
     syn_lr_txt: Tensor
+    similarity: tuple[Tensor, ...] = ()
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.image_syn, self.text_syn, self.syn_lr_img, self.syn_lr_txt
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "Pairs":
+        """The inverse of `tensors`."""
+        image_syn, text_syn, lr_img, lr_txt, *similarity = tensors
+        return cls(image_syn, text_syn, lr_img, lr_txt, tuple(similarity))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.image_syn, self.text_syn, self.syn_lr_img, self.syn_lr_txt, *self.similarity
+
+    def named(self) -> dict[str, Tensor]:
+        names = *NAMES, *similarity_names(self.similarity)
+        return dict(zip(names, self.tensors(), strict=True))
 
 
-def draw_batches(num_pairs: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Indices of the pairs of each student step: `steps` tensors [min(batch_size, num_pairs)], drawn anew."""
-    return [torch.randperm(num_pairs, generator=generator)[:batch_size] for _ in range(steps)]
+def draw_batches(
+    num_pairs: int, batch_size: int, steps: int, generator: torch.Generator, order: str = "independent"
+) -> list[Tensor]:
+    """Indices of the pairs of each student step: `steps` tensors [min(batch_size, num_pairs)].
+
+    Args:
+        order: "independent" draws each step anew (Wu et al., 2024), "permutation" walks through a random order, and
+            through another one when less than a batch of it is left (LoRS and after).
+    """
+    if order == "independent":
+        return [torch.randperm(num_pairs, generator=generator)[:batch_size] for _ in range(steps)]
+    batches = []
+    while len(batches) < steps:
+        batches += torch.randperm(num_pairs, generator=generator).split(batch_size)[: max(1, num_pairs // batch_size)]
+    return batches[:steps]
 
 
 def rows_on(device: torch.device, batches: Sequence[Tensor]) -> list[Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from networks.clip_model import IMAGE_TOWER
-from networks.loss import contrastive_loss
+from networks.loss import pair_loss
 from utils.matching.pairs import rows_on
+from utils.similarity import similarity_matrix
 
 Parameters = dict[str, Tensor]
 
@@ -19,13 +20,23 @@ Parameters = dict[str, Tensor]
 class StudentLoss:
     """The contrastive loss of `model` as a function of the parameters that train, in two parts.
 
+    Args:
+        loss_type: see `pair_loss`.
+        alpha: α of the low-rank soft targets.
+        blend_alpha: a student's step mixes each pair with another one of it: with one λ ~ Beta(α, α) and one
+            permutation π, picture embeddings u and text embeddings become λ u_i + (1 − λ) u_π(i) before the heads
+            (Zhang et al., "RepBlend", NeurIPS 2025). For a frozen encoder; 0 for none.
+
     Attributes:
         frozen_encoder: pictures [B, 3, H, W] -> [B, D_enc], the part before all that trains; None if it trains too.
             What it gives may then stand in the place of pictures everywhere here.
     """
 
-    def __init__(self, model, temperature: float):
-        self.model, self.temperature = model, temperature
+    def __init__(
+        self, model, temperature: float, loss_type: str = "InfoNCE", alpha: float = 1.0, blend_alpha: float = 0.0
+    ):
+        self.model, self.temperature, self.loss_type, self.alpha = model, temperature, loss_type, alpha
+        self.blend_alpha = blend_alpha
         trains = any(p.requires_grad for p in model.image_encoder.parameters())
         self.frozen_encoder = None if trains else model.embed_images
 
@@ -33,28 +44,44 @@ class StudentLoss:
         """Features [B, D] of images [B, 3, H, W], each a function of its own image alone."""
         return functional_call(self.model, params, (images, None))[0]
 
-    def of_features(self, params: Parameters, image_features: Tensor, text_embed: Tensor) -> Tensor:
-        """The loss, a scalar, of image features [B, D] and text embeddings [B, D_text]."""
-        text_features = functional_call(self.model, params, (None, text_embed))[1]
-        return contrastive_loss(image_features, text_features, self.temperature)
+    def targets(self, similarity: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """The soft targets [B, B] of a step's pairs, from the parts of S."""
+        return similarity_matrix(tuple(similarity), self.alpha, rows)
 
-    def __call__(self, params: Parameters, images: Tensor, text_embed: Tensor) -> Tensor:
-        return self.of_features(params, self.encode_image(params, images), text_embed)
+    def of_features(
+        self, params: Parameters, image_features: Tensor, text_embed: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar, of image features [B, D], text embeddings [B, D_text] and soft targets [B, B]."""
+        text_features = functional_call(self.model, params, (None, text_embed))[1]
+        return pair_loss(image_features, text_features, self.temperature, self.loss_type, targets)
+
+    def __call__(self, params: Parameters, images: Tensor, text_embed: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.blend_alpha:
+            images, text_embed = blend(images, text_embed, self.blend_alpha)
+        return self.of_features(params, self.encode_image(params, images), text_embed, targets)
+
+
+def blend(image_embed: Tensor, text_embed: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Rows [B, D] of both mixed with those of another order by one λ ~ Beta(α, α), see `StudentLoss`."""
+    concentration = torch.full((), alpha, dtype=image_embed.dtype, device=image_embed.device)
+    weight = torch.distributions.Beta(concentration, concentration).sample()
+    order = torch.randperm(len(image_embed), device=image_embed.device)
+    return tuple(torch.lerp(embed[order], embed, weight) for embed in (image_embed, text_embed))
 
 
 class WholeSteps:
     """Student steps with all their pairs in one graph, the last of which is kept from the way forth.
 
     Args:
-        loss_fn: (parameters, images [B, 3, H, W], text_embed [B, D_text]) -> ℓ.
+        loss_fn: the student's loss.
         names: of the parameters.
-        pairs: the synthetic pairs and rates.
+        pairs: the synthetic pairs, rates and soft targets.
         batches: indices of each step's pairs.
         seed: of the random numbers; step t depends on `seed` and t alone.
         adjoint_decay: γ of `pull_back`.
 
     Attributes:
-        grads: ∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt), filled by `pull_back`.
+        grads: ∂L/∂ every tensor of the pairs, filled by `pull_back`.
     """
 
     def __init__(
@@ -86,11 +113,13 @@ class WholeSteps:
             self.grads[2 if is_image else 3] -= _inner(value, grad)
         vectors = torch._foreach_mul(push, self.rates)
         torch._foreach_neg_(vectors)
-        params, inputs = leaves[:-2], leaves[-2:]
-        *theta, images, texts = _vector_jacobian(grads, [*self._asked(step, params), *inputs], vectors)
+        params, inputs = leaves[: len(vectors)], leaves[len(vectors) :]
+        asked = self._asked(step, params)
+        change = _vector_jacobian(grads, [*asked, *inputs], vectors)
+        theta, (images, texts, *similarity) = change[: len(asked)], change[len(asked) :]
         self._descend(adjoint, theta)
         self.grads[0].index_add_(0, self.batches[step], images)
-        self.grads[1].index_add_(0, self.batches[step], texts)
+        self._add_texts(step, texts, similarity)
 
     def _asked(self, step: int, params: list[Tensor]) -> list[Tensor]:
         """The parameters that λ_t needs the step's derivative for: all or none."""
@@ -100,14 +129,25 @@ class WholeSteps:
         if theta:
             torch._foreach_add_(adjoint, theta, alpha=self.adjoint_decay)
 
+    def _add_texts(self, step: int, texts: Tensor, similarity: Sequence[Tensor]) -> None:
+        self.grads[1].index_add_(0, self.batches[step], texts)
+        _add(self.grads[4:], similarity)
+
+    def _similarity(self, requires_grad: bool) -> list[Tensor]:
+        return [part.detach().requires_grad_(requires_grad) for part in self.pairs.similarity]
+
+    def _targets(self, step: int, similarity: list[Tensor]) -> list[Tensor]:
+        return [self.loss_fn.targets(similarity, self.batches[step])] if similarity else []
+
     def _graph(self, step: int, params: Parameters, create_graph: bool):
         torch.manual_seed(self.seed + step)
         images = self.pairs.image_syn[self.batches[step]].requires_grad_(create_graph)
         text_embed = self.pairs.text_syn[self.batches[step]].requires_grad_(create_graph)
+        similarity = self._similarity(create_graph)
         with torch.enable_grad():
-            loss = self.loss_fn(params, images, text_embed)
+            loss = self.loss_fn(params, images, text_embed, *self._targets(step, similarity))
             grads = _gradients(loss, list(params.values()), create_graph=create_graph)
-        return loss.detach(), grads, [*params.values(), images, text_embed]
+        return loss.detach(), grads, [*params.values(), images, text_embed, *similarity]
 
 
 class ChunkedSteps(WholeSteps):
@@ -118,7 +158,7 @@ class ChunkedSteps(WholeSteps):
     as bₜ, the step's part is the derivative of s = −βᵢ ⟨Jbᵢ, ∂ℓ/∂U⟩ − βₜ ⟨bₜ, ∂ℓ/∂θₜ⟩:
 
     1. chunk by chunk, the derivative of Jᵀ(−βᵢ ∂ℓ/∂U) along bᵢ for θ, X, and for its vector, which is Jbᵢ;
-    2. on the features, the derivative of s for θₜ, Y and U, where Jbᵢ is held fixed;
+    2. on the features, the derivative of s for θₜ, Y, S and U, where Jbᵢ is held fixed;
     3. chunk by chunk, what 2. gave for U goes through Jᵀ to θ and X.
 
     The features of the way forth are kept. Random numbers of the text tower depend on `seed` and the step,
@@ -146,16 +186,18 @@ class ChunkedSteps(WholeSteps):
 
     def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor], push: list[Tensor]) -> None:
         (image_adjoint, text_adjoint), (image_push, text_push) = self._by_tower(adjoint), self._by_tower(push)
-        loss_grads, (*text, text_embed, features) = self._head_graph(step, params, create_graph=True)[1:]
+        loss_grads, leaves = self._head_graph(step, params, create_graph=True)[1:]
+        text, inputs = leaves[: len(text_adjoint)], leaves[len(text_adjoint) :]
         *text_grads, feature_grad = (grad.detach() for grad in loss_grads)
         tangents, image_change = self._second_order(step, params, image_push, feature_grad)  # Jbᵢ [B, D]
         self.grads[2] -= _inner(tangents, feature_grad)
         for value, grad in zip(text_push, text_grads, strict=True):
             self.grads[3] -= _inner(value, grad)
         vectors = [*(b * -self.pairs.syn_lr_txt for b in text_push), tangents * -self.pairs.syn_lr_img]
-        leaves = [*self._asked(step, text), text_embed, features]
-        *text_change, texts, feature_vectors = _vector_jacobian(loss_grads, leaves, vectors)
-        self.grads[1].index_add_(0, self.batches[step], texts)
+        asked = self._asked(step, text)
+        change = _vector_jacobian(loss_grads, [*asked, *inputs], vectors)
+        text_change, (texts, feature_vectors, *similarity) = change[: len(asked)], change[len(asked) :]
+        self._add_texts(step, texts, similarity)
         self.features.pop()
         self._first_order(step, params, image_change, feature_vectors)
         self._descend(text_adjoint, text_change)
@@ -200,15 +242,16 @@ class ChunkedSteps(WholeSteps):
         return self.loss_fn.encode_image(params, images), images
 
     def _head_graph(self, step: int, params: Parameters, create_graph: bool):
-        """ℓ, its gradient for [θₜ…, U], and the leaves [θₜ…, Y, U], at the features of the way forth."""
+        """ℓ, its gradient for [θₜ…, U], and the leaves [θₜ…, Y, U, parts of S…], at the features of the way forth."""
         torch.manual_seed(self.seed + step)
         features = self.features[-1].detach().requires_grad_()
         text_embed = self.pairs.text_syn[self.batches[step]].requires_grad_(create_graph)
         _, text = self._by_tower(params.values())
+        similarity = self._similarity(create_graph)
         with torch.enable_grad():
-            loss = self.loss_fn.of_features(params, features, text_embed)
+            loss = self.loss_fn.of_features(params, features, text_embed, *self._targets(step, similarity))
             grads = _gradients(loss, [*text, features], create_graph=create_graph)
-        return loss.detach(), grads, [*text, text_embed, features]
+        return loss.detach(), grads, [*text, text_embed, features, *similarity]
 
 
 def _gradients(output: Tensor, inputs: Sequence[Tensor], vector: Tensor | None = None, create_graph: bool = False):

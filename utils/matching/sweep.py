@@ -25,7 +25,7 @@ class Matching:
         loss: L, the sum of the two normalised distances, a scalar.
         image_loss, text_loss: its two terms; 0 where that tower does not train.
         student_losses: [T], ℓ before each of the student's steps.
-        gradient: ∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt).
+        gradient: ∂L/∂ every tensor of the pairs.
     """
 
     loss: Tensor
@@ -66,7 +66,7 @@ def matching_gradient(
 
     The steps run without a graph, keeping each θ_t. Then the sweep goes back from λ_T = ∂L/∂θ_T: at step t
     the graph of g_t is built again, and the vector-Jacobian product of g_t with −β λ_{t+1} gives the step's
-    part of ∂L/∂X, ∂L/∂Y and of λ_t = λ_{t+1} − β (∂g_t/∂θ)ᵀ λ_{t+1}; ∂L/∂β loses ⟨λ_{t+1}, g_t⟩.
+    part of ∂L/∂X, ∂L/∂Y, ∂L/∂S and of λ_t = λ_{t+1} − β (∂g_t/∂θ)ᵀ λ_{t+1}; ∂L/∂β loses ⟨λ_{t+1}, g_t⟩.
     The last step's graph is kept from the way forth unless it runs in chunks. Random numbers inside the loss
     (dropout) are the same on both ways, and depend only on `seed` and t, those of an image tower in chunks also
     on the chunk.
@@ -80,7 +80,7 @@ def matching_gradient(
     Args:
         loss_fn: the student's loss.
         start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
-        pairs: the synthetic pairs and rates; their tensors need no gradient flag.
+        pairs: the synthetic pairs, rates and soft targets; their tensors need no gradient flag.
         batches: indices into the pairs for each step, see `draw_batches`.
         seed: of the random numbers in the student's steps.
         pair_chunk: pairs whose image tower's graph is held at a time; None for all. Then a step's memory does not
@@ -88,7 +88,7 @@ def matching_gradient(
         momentum: μ of the student's steps.
         adjoint_decay: γ in λ_t = λ_{t+1} − γ β (∂g_t/∂θ)ᵀ b_t; 1 is exact, 0 the gradient of TESLA (Cui et al., 2023).
     """
-    pairs = Pairs(*(tensor.detach() for tensor in pairs.tensors()))
+    pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
         pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, torch.cat(batches), pair_chunk)
         embedded = replace(pairs, image_syn=pictures.embed)
@@ -103,7 +103,7 @@ def matching_gradient(
         student_losses, final = sweep.forth()
         image_loss, text_loss, adjoint = _end_of_unroll(final, start, target)
         del final
-        gradient = Pairs(*sweep.back(adjoint))
+        gradient = Pairs.of(sweep.back(adjoint))
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
 
 
@@ -134,7 +134,7 @@ class _Sweep:
         return torch.stack(losses), params
 
     def back(self, adjoint: Sequence[Tensor]) -> list[Tensor]:
-        """∂L/∂(image_syn, text_syn, syn_lr_img, syn_lr_txt) from λ_T, which is overwritten."""
+        """∂L/∂ every tensor of the pairs from λ_T, which is overwritten."""
         adjoint, push = list(adjoint), None
         device = adjoint[0].device
         for step in reversed(range(len(self.stored))):

@@ -50,13 +50,16 @@ def evaluate_synset(
     images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
     text_embed = synset.text_syn.float().to(factory.device)
+    targets = None if synset.targets is None else synset.targets.float().to(factory.device)
     if not factory.image_trainable:
         images = _embedded(factory.fresh(seed), images, batch_size_test)
     results = []
     for k in range(num_eval):
         model = factory.fresh(seed + k)
         rates = synset.syn_lr_img, synset.syn_lr_txt
-        loss = train_on_pairs(model, images, text_embed, *rates, epochs, batch_size, temperature, seed + k)
+        length = epochs, batch_size, temperature, seed + k
+        how = synset.loss_type, targets, synset.phases
+        loss = train_on_pairs(model, images, text_embed, *rates, *length, *how)
         recall = evaluate_retrieval(model, *retrieval, batch_size_test, factory.device)
         results.append({**recall, "train_loss": loss})
         if on_model is not None:

@@ -1,5 +1,6 @@
 """Training a model: one epoch over batches of pairs, and a whole model on a set of synthetic pairs."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -7,7 +8,8 @@ import torch
 from data.errors import InputError
 from data.transforms import normalize
 from networks.clip_model import IMAGE_TOWER, trained_parameters
-from networks.loss import contrastive_loss
+from networks.loss import pair_loss
+from utils.phases import phase_rows
 
 
 class NonFiniteLoss(InputError):
@@ -49,11 +51,18 @@ def device_batches(loader: Iterable, text_embed, encoder, device, augment: Calla
 
 
 def train_epoch(
-    model, batches: Iterable, optimizer, temperature: float, on_batch: Callable | None = None
+    model,
+    batches: Iterable,
+    optimizer,
+    temperature: float,
+    on_batch: Callable | None = None,
+    loss_type: str = "InfoNCE",
 ) -> tuple[float, float]:
     """One pass over `batches` of (images [B, 3, H, W] normalised, text_embed [B, D_text]).
 
     Args:
+        batches: a third element is the soft targets [B, B].
+        loss_type: see `pair_loss`.
         on_batch: called with each batch's (image_features, text_features) [B, D], detached, of before the step.
 
     Returns:
@@ -63,9 +72,9 @@ def train_epoch(
         NonFiniteLoss: the mean loss is not finite.
     """
     losses, correct, seen = [], [], 0
-    for images, text_embed in batches:
+    for images, text_embed, *targets in batches:
         image_features, text_features = model(images, text_embed)
-        loss = contrastive_loss(image_features, text_features, temperature)
+        loss = pair_loss(image_features, text_features, temperature, loss_type, *targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -93,6 +102,7 @@ def train_epochs(
     weight_decay: float = 0.0,
     decay: bool = False,
     on_batch: Callable | None = None,
+    loss_type: str = "InfoNCE",
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Trains with SGD, epoch after epoch; yields the epoch's number, from 1, and what `train_epoch` returned.
 
@@ -105,7 +115,7 @@ def train_epochs(
     gamma = 0.1 if decay else 1.0
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(epochs + 1) // 2, gamma=gamma)
     for epoch in range(1, epochs + 1):
-        result = train_epoch(model, batches(epoch), optimizer, temperature, on_batch)
+        result = train_epoch(model, batches(epoch), optimizer, temperature, on_batch, loss_type)
         schedule.step()
         yield epoch, result
 
@@ -120,23 +130,29 @@ def train_on_pairs(
     batch_size: int,
     temperature: float,
     seed: int,
+    loss_type: str = "InfoNCE",
+    targets=None,
+    phases: int = 1,
 ) -> float:
     """Trains `model` on M pairs as the evaluation does; returns the last epoch's mean loss.
 
-    SGD, momentum 0.9, weight decay 5e-4, no augmentation, both rates × 0.1 after half the epochs.
-    The order of pairs and dropout depend only on `seed`.
+    SGD, momentum 0.9, weight decay 5e-4, no augmentation, both rates × 0.1 after half the epochs; so on the pairs of
+    each phase, one after the other. The order of pairs and dropout depend only on `seed`.
 
     Args:
         images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]. text_embed: [M, D_text].
+        loss_type: see `pair_loss`. targets: its S [M, M]; None for hard targets.
     """
     order = torch.Generator().manual_seed(seed)
 
-    def batches(epoch):
-        indices = torch.randperm(len(images), generator=order).to(images.device).split(batch_size)
-        return ((images[i], text_embed[i]) for i in indices)
+    def batches(rows, epoch):
+        indices = rows[torch.randperm(len(rows), generator=order)].to(images.device).split(batch_size)
+        return ((images[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
 
-    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True}
+    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True, "loss_type": loss_type}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        results = list(train_epochs(model, batches, temperature, epochs, lr_img, lr_txt, **recipe))
+        for rows in phase_rows(len(images), phases):
+            of_phase = functools.partial(batches, rows)
+            results = list(train_epochs(model, of_phase, temperature, epochs, lr_img, lr_txt, **recipe))
     return results[-1][1][0]

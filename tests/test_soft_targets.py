@@ -1,0 +1,356 @@
+"""What later methods add: soft targets, blending, minibatch orders, phases, averages and straight trajectories."""
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import distill
+import evaluate
+from networks.loss import contrastive_loss, pair_loss
+from tests.test_scripts import stderr_line, table_rows
+from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
+from utils.experts import Shortcut, Trajectory
+from utils.matching import PairLearner, Pairs, StudentLoss, draw_batches, matching_gradient
+from utils.matching.draws import Draws
+from utils.matching.student import blend
+from utils.similarity import initial_similarity, similarity_matrix
+from utils.synset import load_synset
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- losses
+
+
+@pytest.fixture
+def features():
+    return tuple(torch.nn.functional.normalize(normal(5, 7, seed=seed), dim=1) for seed in (1, 2))
+
+
+@pytest.fixture
+def soft():
+    return torch.eye(5, dtype=torch.float64) + 0.3 * normal(5, 5, seed=3)
+
+
+def by_entries(features, function):
+    """[[function(logit of picture i and text j, i, j)]] at the temperature 0.1, in plain numbers."""
+    logits = (features[0] @ features[1].T / 0.1).tolist()
+    return [[function(z, i, j) for j, z in enumerate(row)] for i, row in enumerate(logits)]
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def test_wbce_is_the_mean_over_like_pairs_and_over_the_rest(features, soft):
+    s = soft.tolist()
+    losses = by_entries(
+        features,
+        lambda z, i, j: -s[i][j] * math.log(sigmoid(z) + 1e-6) - (1 - s[i][j]) * math.log(1 - sigmoid(z) + 1e-6),
+    )
+    like = [losses[i][j] for i in range(5) for j in range(5) if s[i][j] > 0.5]
+    rest = [losses[i][j] for i in range(5) for j in range(5) if s[i][j] <= 0.5]
+    expected = (sum(like) / len(like) + sum(rest) / len(rest)) / 2
+    assert pair_loss(*features, 0.1, "WBCE", soft).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_bce_is_the_mean_cross_entropy_of_each_entry(features, soft):
+    s = soft.tolist()
+    losses = by_entries(
+        features, lambda z, i, j: -s[i][j] * math.log(sigmoid(z)) - (1 - s[i][j]) * math.log(sigmoid(-z))
+    )
+    assert pair_loss(*features, 0.1, "BCE", soft).item() == pytest.approx(sum(map(sum, losses)) / 25, rel=1e-10)
+
+
+def test_nce_is_a_cross_entropy_against_distributions(features, soft):
+    z, s = by_entries(features, lambda z, i, j: z), soft.tolist()
+
+    def cross_entropy(row, targets):
+        weights = [math.exp(10 * t) for t in targets]
+        total = sum(math.exp(v) for v in row)
+        return -sum(w / sum(weights) * math.log(math.exp(v) / total) for w, v in zip(weights, row, strict=True))
+
+    rows = [cross_entropy(z[i], s[i]) for i in range(5)]
+    columns = [cross_entropy([z[i][j] for i in range(5)], [s[i][j] for i in range(5)]) for j in range(5)]
+    assert pair_loss(*features, 0.1, "NCE", soft).item() == pytest.approx((sum(rows) + sum(columns)) / 10, rel=1e-10)
+
+
+def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
+    similarity = torch.eye(5, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.SGD([similarity], lr=10.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = pair_loss(*features, 0.1, "NCE", similarity)
+        loss.backward()
+        optimizer.step()
+    assert 0 <= loss.item() < pair_loss(*features, 0.1, "NCE").item()
+
+
+@pytest.mark.parametrize("loss_type", ["NCE", "BCE", "WBCE"])
+def test_without_a_similarity_targets_are_the_identity(features, loss_type):
+    identity = torch.eye(5, dtype=torch.float64)
+    assert torch.equal(pair_loss(*features, 0.1, loss_type), pair_loss(*features, 0.1, loss_type, identity))
+
+
+def test_nce_of_the_identity_is_nearly_infonce(features):
+    assert pair_loss(*features, 0.1, "NCE").item() == pytest.approx(contrastive_loss(*features, 0.1).item(), rel=1e-2)
+
+
+# ---- the gradient
+
+
+def with_similarity(problem, sim_type, loss_type):
+    problem.loss_fn = StudentLoss(problem.model, 0.07, loss_type, alpha=3.0)
+    parts = initial_similarity(sim_type, NUM_PAIRS, 2, torch.Generator().manual_seed(4))
+    problem.pairs.similarity = tuple(part.double() + 0.2 * normal(*part.shape, seed=5) for part in parts)
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("sim_type", "loss_type", "momentum", "pair_chunk"),
+    [("lowrank", "WBCE", 0.9, None), ("lowrank", "WBCE", 0.0, 2), ("full", "NCE", 0.9, 2), ("full", "BCE", 0.0, None)],
+)
+def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, momentum, pair_chunk):
+    """With dropout and mini-batches; that of S and of its factors too."""
+    problem = with_similarity(Problem("test_nfnet"), sim_type, loss_type)
+    check_chunks(problem.arguments(3, batch_size=3), pair_chunk, momentum=momentum)
+
+
+def frozen(blend_alpha=0.0):
+    problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True)
+    problem.model.image_encoder.eval()
+    with_similarity(problem, "lowrank", "WBCE").loss_fn.blend_alpha = blend_alpha
+    return problem
+
+
+def test_gradient_with_a_frozen_encoder_equals_the_full_unroll():
+    check_chunks(frozen().arguments(4), None)
+
+
+def test_blending_mixes_both_modalities_by_one_weight_and_one_order():
+    torch.manual_seed(3)
+    images, texts = normal(6, 4), normal(6, 3, seed=1)
+    mixed = blend(images, texts, 0.7)
+    torch.manual_seed(3)
+    weight = torch.distributions.Beta(torch.tensor(0.7).double(), torch.tensor(0.7).double()).sample().item()
+    order = torch.randperm(6)
+    for got, rows in zip(mixed, (images, texts), strict=True):
+        expected = torch.stack([weight * rows[i] + (1 - weight) * rows[order[i]] for i in range(6)])
+        assert torch.allclose(got, expected, atol=1e-12)
+
+
+def test_weights_of_blending_are_those_of_a_beta_distribution():
+    torch.manual_seed(0)
+    rows = torch.eye(2).double()
+    weights = torch.stack([blend(rows, rows, 2.0)[0].amax() for _ in range(400)])
+    # of the rows' own or of the other one's: max(w, 1 − w) with w ~ Beta(2, 2), or 1 where a row meets itself
+    mixed = weights[weights < 1]
+    assert 100 < len(mixed) < 300
+    assert mixed.mean().item() == pytest.approx(0.6875, abs=0.02)
+
+
+def test_gradient_with_blending_equals_the_full_unroll():
+    """The oracle blends the encoder's output by its own lines, with the random numbers of the step."""
+    problem = frozen(blend_alpha=1.0)
+    arguments = problem.arguments(3)
+
+    class Blended:
+        alpha = problem.loss_fn.alpha
+
+        def __call__(self, params, images, text_embed, targets):
+            embed = problem.model.embed_images(images)
+            one = torch.ones((), dtype=torch.float64)
+            weight = torch.distributions.Beta(one, one).sample()
+            order = torch.randperm(len(images))
+            embed = weight * embed + (1 - weight) * embed[order]
+            text_embed = weight * text_embed + (1 - weight) * text_embed[order]
+            plain = StudentLoss(problem.model, 0.07, "WBCE")
+            return plain.of_features(params, plain.encode_image(params, embed), text_embed, targets)
+
+    _, expected = unroll_gradient(Blended(), *arguments[1:])
+    gradient = matching_gradient(*arguments).gradient.named()
+    for name, exact in expected.named().items():
+        assert (gradient[name] - exact).norm() <= 1e-10 * exact.norm(), name
+
+
+# ---- similarity
+
+
+@pytest.mark.parametrize("sim_type", ["full", "lowrank"])
+def test_similarity_starts_as_the_identity(sim_type):
+    parts = initial_similarity(sim_type, 6, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(similarity_matrix(parts, 3.0), torch.eye(6))
+    parts = [part + torch.randn(part.shape) for part in parts]
+    rows = torch.tensor([4, 1, 2])
+    whole = similarity_matrix(tuple(parts), 3.0)
+    assert torch.allclose(similarity_matrix(tuple(parts), 3.0, rows), whole[rows][:, rows], atol=1e-6)
+
+
+# ---- minibatches and phases
+
+
+def test_a_permutation_is_walked_through_before_the_next_begins():
+    generator = torch.Generator().manual_seed(0)
+    batches = draw_batches(10, 4, 7, generator, "permutation")
+    assert [len(batch) for batch in batches] == [4] * 7
+    for first, second in zip(batches[::2], batches[1::2], strict=False):
+        assert len({*first.tolist(), *second.tolist()}) == 8
+    assert len({tuple(batch.tolist()) for batch in batches}) == 7
+    assert [len(batch) for batch in draw_batches(3, 8, 2, generator, "permutation")] == [3, 3]
+
+
+class Epochs:
+    """An expert whose snapshots are their numbers."""
+
+    def snapshot(self, epoch):
+        return {"w": torch.tensor([float(epoch)])}
+
+
+def test_a_phase_draws_its_own_pairs_from_its_own_epochs():
+    draws = Draws([Epochs()], 0, 10, 4, 2, 2, 3, phases=3, iterations=30)
+    subsets, starts = [set(), set(), set()], [set(), set(), set()]
+    for iteration in range(30):
+        start, first, target, batches, _ = draws.read(iteration, torch.device("cpu"))
+        assert first["w"].item() == start and target["w"].item() == start + 3
+        subsets[iteration // 10].update(torch.cat(batches).tolist())
+        starts[iteration // 10].add(start)
+    assert [sorted(s) for s in subsets] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert starts == [{0, 1}, {1, 2}, {2, 3}]
+
+
+def test_a_phase_of_all_is_no_phase():
+    plain, one = Draws([Epochs()], 0, 10, 4, 2, 2, 3), Draws([Epochs()], 0, 10, 4, 2, 2, 3, phases=1, iterations=5)
+    for iteration in range(5):
+        left, right = (draws.read(iteration, torch.device("cpu")) for draws in (plain, one))
+        assert left[0] == right[0] and all(map(torch.equal, left[3], right[3]))
+
+
+# ---- average of the pairs
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_average_of_the_pairs_over_the_steps(optimizer, tmp_path):
+    def make():
+        images = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        texts = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+        similarity = initial_similarity("lowrank", 4, 2, torch.Generator().manual_seed(1))
+        pairs = Pairs(images, texts, torch.tensor(0.1), torch.tensor(0.2), similarity)
+        return PairLearner(pairs, 0.1, 0.1, 0.01, optimizer, lr_sim=0.5, ema_decay=0.8)
+
+    def step(learner, number):
+        generator = torch.Generator().manual_seed(number)
+        learner.step(Pairs.of(torch.randn(t.shape, generator=generator) for t in learner.pairs.tensors()))
+
+    straight = make()
+    expected = {name: tensor.clone() for name, tensor in straight.pairs.named().items()}
+    for number in range(4):
+        step(straight, number)
+        for name, tensor in straight.pairs.named().items():
+            expected[name] = 0.8 * expected[name] + 0.2 * tensor.detach()
+        if number == 1:
+            straight.save(tmp_path / "state.safetensors", {})
+    for name, tensor in straight.averaged.named().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
+        assert not torch.equal(tensor, straight.pairs.named()[name]), name
+
+    resumed = make()
+    resumed.load(tmp_path / "state.safetensors", {}, set())
+    for number in (2, 3):
+        step(resumed, number)
+    for left, right in ((straight.averaged, resumed.averaged), (straight.pairs, resumed.pairs)):
+        assert all(map(torch.equal, left.tensors(), right.tensors()))
+
+
+# ---- straight trajectories
+
+
+def test_shortcut_is_a_line_divided_as_the_expert_moved(experts):
+    path = sorted(experts.glob("tiny/*/*/expert_*.safetensors"))[0]
+    expert = Trajectory(path)
+    first, middle, last = (expert.snapshot(epoch) for epoch in range(3))
+    straight = Shortcut(expert, 2)
+    assert straight.epochs == [0, 1, 2]
+    shares = []
+    for name, value in straight.snapshot(1).items():
+        before, after = (middle[name] - first[name]).norm(), (last[name] - middle[name]).norm()
+        shares.append((before / (before + after)).item())
+        assert torch.allclose(value, first[name] + shares[-1] * (last[name] - first[name]), atol=1e-6), name
+    assert max(shares) - min(shares) > 0.01
+    for epoch, stored in ((0, first), (2, last)):
+        assert all(torch.allclose(value, stored[name], atol=1e-7) for name, value in straight.snapshot(epoch).items())
+
+
+# ---- the scripts
+
+
+SOFT = ["--loss_type", "WBCE", "--sim_type", "lowrank", "--sim_rank", 2, "--lr_sim", 0.1, "--lr_lr", 0, "--no_draw"]
+
+
+def test_similarity_is_learned_saved_resumed_and_trained_on(run_distill, tmp_path, capsys):
+    more = [*SOFT, "--ema_decay", 0.5, "--batch_order", "permutation"]
+    assert run_distill(tmp_path / "straight", "--Iteration", 3, *more) == 0
+    assert run_distill(tmp_path / "parts", "--Iteration", 2, *more) == 0
+    assert run_distill(tmp_path / "parts", "--Iteration", 3, *more, "--resume") == 0
+    straight, parts = (load_synset(tmp_path / name / "last.safetensors") for name in ("straight", "parts"))
+    assert straight.loss_type == "WBCE" and straight.alpha == 3.0 and len(straight.similarity) == 3
+    assert all(map(torch.equal, straight.similarity, parts.similarity))
+    assert torch.equal(straight.image_syn, parts.image_syn)
+    assert not torch.equal(straight.targets, torch.eye(6))
+    capsys.readouterr()
+    argv = ["--synset", str(tmp_path / "straight/last.safetensors"), "--num_eval", "1"]
+    assert evaluate.main(argv) == 0
+    soft = table_rows(capsys.readouterr().out)
+    assert len(soft) == 1
+
+
+def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, experts):
+    more = ["--phases", 2, "--max_start_epoch", 1, "--shortcut", 2, "--no_draw"]
+    assert run_distill(tmp_path / "a", "--Iteration", 2, *more) == 0
+    first, last = (load_synset(tmp_path / "a" / f"{name}.safetensors") for name in ("iteration_000000", "last"))
+    assert last.phases == 2
+    assert all((last.image_syn[i] != first.image_syn[i]).any() for i in range(6))
+    line = stderr_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
+    assert "saved with Iteration=2" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sim_type", "full"], ["--loss_type InfoNCE", "WBCE"]),
+        (["--blend_alpha", 1], ["--blend_alpha", "--image_trainable False"]),
+        (["--phases", 7], ["--phases 7", "6 pairs"]),
+        (["--shortcut", 1], ["--shortcut 1", "epoch 2"]),
+        (["--shortcut", 3], ["lacks the snapshots of epochs 3", "--shortcut 3"]),
+        (["--recipe", "repblend"], ["image_trainable=True, this run has image_trainable=False"]),
+    ],
+)
+def test_flags_that_do_not_go_together(run_distill, tmp_path, capsys, flags, words):
+    line = stderr_line(capsys, run_distill, tmp_path / "run", *flags)
+    assert all(word in line for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_similarity_is_one_line(run_distill, tmp_path, capsys):
+    assert run_distill(tmp_path / "a", "--Iteration", 0, *SOFT) == 0
+    path = tmp_path / "a/last.safetensors"
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(path)
+    tensors["similarity_left"] = tensors["similarity_left"][:5].clone()
+    save_file(tensors, path, metadata)
+    capsys.readouterr()
+    assert evaluate.main(["--synset", str(path)]) == 2
+    assert "similarity has the shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["lors", "repblend", "ptmst"])
+def test_recipes_of_later_papers(recipe):
+    args = distill.parse_args(["--recipe", recipe, "--dataset", "tiny"])
+    assert args.loss_type == "WBCE" and args.num_queries == 99 and args.mini_batch_size == 20
+    assert args.image_trainable == (recipe == "lors")
+    assert args.sim_type == ("full" if recipe == "ptmst" else "lowrank")
