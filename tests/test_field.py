@@ -1,0 +1,84 @@
+"""The table of the field at toy size, its scripts called in this process."""
+
+import json
+
+import pytest
+import torch
+
+import distill
+import evaluate
+from benchmarks import field
+from utils.synset import load_synset
+
+SCRIPTS = {"distill.py": distill, "evaluate.py": evaluate}
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return []
+
+
+@pytest.fixture(scope="module")
+def table(tiny_argv, experts, tmp_path_factory, calls):
+    """Runs the benchmark into a folder that is the same for all calls."""
+    output = tmp_path_factory.mktemp("field")
+    quick = ["--syn_steps", "2", "--epoch_eval_train", "2", "--max_start_epoch", "1", "--image_trainable", "True"]
+    same = ["--only_has_image_projection", "False", "--blend_alpha", "0", "--lr_lr", "0", "--lr_teacher_img", "0.01"]
+    small = ["--lr_img", "0.01", "--lr_txt", "0.01", "--lr_sim", "0.01"]
+    shared = [*tiny_argv, *quick, *same, *small, "--shortcut", "2", "--buffer_path", str(experts)]
+
+    def run(script, argv, folder, needed):
+        calls.append(script)
+        argv = [str(value) for value in argv]
+        assert SCRIPTS[script].main(argv) == 0
+        return 1.0
+
+    def start(*more):
+        own = ["--output", str(output), "--pairs", "6", "--seconds", "0.01", "--num_eval", "1", *more]
+        field.main([*own, "--", *shared])
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(field, "run", run)
+        yield start
+
+
+ONE = "--recipes", "lors", "heads", "--gradients", "exact", "--seeds", "0"
+
+
+def test_a_row_for_each_recipe_and_what_it_cost(table):
+    output = table(*ONE)
+    cells = {cell["recipe"]: cell for cell in json.loads((output / "table.json").read_text())}
+    assert set(cells) == {"lors", "heads"}
+    rows = (output / "table.md").read_text().splitlines()[2:]
+    best = max(cells.values(), key=lambda cell: cell["mean"]["r_mean"])
+    assert len(rows) == 2 and f"| {best['recipe']} |" in rows[0] and f"{best['mean']['r_mean']:.1f} ±" in rows[0]
+    for name, cell in cells.items():
+        assert cell["iterations"] == 4 and cell["pace"] > 0 and len(cell["rates"]) == 2
+        seconds, recalls = zip(*cell["curve"], strict=True)
+        assert seconds[0] == 0 and list(seconds) == sorted(seconds) and len(recalls) == 5, name
+    assert (output / "curves.png").stat().st_size > 5000
+
+
+def test_recipes_start_from_the_same_real_pairs(table):
+    output = table(*ONE)
+    lors, heads = (
+        load_synset(output / f"{name}_exact_6_0/run/iteration_000000.safetensors") for name in ("lors", "heads")
+    )
+    assert len(lors.captions) == 5 and len(heads.captions) == 6  # the similarity takes the place of a pair
+    assert torch.equal(lors.image_syn, heads.image_syn[:5])
+
+
+def test_finished_cells_are_kept(table, calls):
+    table(*ONE)
+    calls.clear()
+    output = table("--recipes", "lors", "heads", "--gradients", "exact", "TESLA", "--seeds", "0", "--tesla_pairs", "6")
+    assert calls.count("evaluate.py") == 2  # of TESLA's gradient alone
+    settings = load_synset(output / "heads_TESLA_6_0/run/last.safetensors").settings
+    assert settings["adjoint_decay"] == 0 and settings["optimizer"] == "adam"
+
+
+def test_a_budget_for_each_number_of_pairs(capsys):
+    with pytest.raises(SystemExit):
+        field.parse_args(["--output", "x", "--pairs", "100", "200", "--seconds", "60"])
+    assert "1 values for 2 numbers of pairs" in capsys.readouterr().err
