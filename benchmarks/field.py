@@ -53,7 +53,13 @@ def parse_args(argv=None):
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     add("--gradients", nargs="+", choices=GRADIENTS, default=list(GRADIENTS))
     add("--tesla_pairs", type=int, nargs="+", help="numbers of pairs with TESLA's gradient too; all if not given")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="of the distillation, for the first number of pairs")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1],
+        help="of the distillation; further ones for the first pairs and gradient",
+    )
     add("--grid_img", nargs="+", default=["0.03", "0.1"], help="image rates that scoring tries beside a set's own")
     add("--grid_txt", nargs="+", default=["0.03", "0.1"], help="text rates")
     add("--num_eval", type=int, default=3, help="networks for each score")
@@ -82,7 +88,7 @@ def cells(args) -> list[dict]:
     budget = dict(zip(args.pairs, args.seconds, strict=True))
     for seed, pairs, gradient, recipe in itertools.product(args.seeds, args.pairs, args.gradients, args.recipes):
         skipped = gradient == "TESLA" and pairs not in (args.tesla_pairs or args.pairs)
-        if skipped or (seed != args.seeds[0] and pairs != args.pairs[0]):
+        if skipped or (seed != args.seeds[0] and (pairs, gradient) != (args.pairs[0], args.gradients[0])):
             continue
         name = f"{recipe}_{gradient}_{pairs}_{seed}"
         cell = {"recipe": recipe, "gradient": gradient, "pairs": pairs, "seed": seed, "seconds": budget[pairs]}
