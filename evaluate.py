@@ -29,6 +29,7 @@ from utils.scoring import (
     embedded_once,
     evaluate_retrieval,
     evaluate_synset,
+    look_epochs,
     markdown_table,
     mean_and_std,
 )
@@ -51,7 +52,7 @@ SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")  # with 
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 # Flags without effect beside --export.
-OF_TABLE = ("all_data", "tune_rates", "markdown", "json", "report")
+OF_TABLE = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
 
 
 def parse_args(argv=None):
@@ -69,6 +70,14 @@ def parse_args(argv=None):
     )
     add("--grid_img", nargs="+", type=cli.positive, default=[0.01, 0.1], help="image rates that --tune_rates tries")
     add("--grid_txt", nargs="+", type=cli.positive, default=[0.01, 0.1], help="text rates that --tune_rates tries")
+    add(
+        "--looks",
+        type=cli.number(int, least=0),
+        default=0,
+        metavar="N",
+        help="also report the best of N looks at the test split while a network trains, which is how several published "
+        "numbers were counted; a column of its own beside that of the last epoch",
+    )
     add(
         "--texts",
         choices=("learned", "nearest"),
@@ -120,6 +129,8 @@ def main(argv=None):
     if args.export:
         export(synsets, args)
         return
+    if args.looks:
+        look_epochs(args.epoch_eval_train, args.looks)  # refuses too many
     for path, synset in synsets.items():
         check_shared(path, synset, args)
     by_encoder = encoder_args(args, list(synsets.values()))
@@ -145,7 +156,7 @@ def main(argv=None):
             if args.tune_rates:
                 synset = tuned(synset, seen_validation, factory, args)
             results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
-            rows.append(row_of_set(path, synset, name, factory.trains, results, args.texts))
+            rows.append(row_of_set(path, synset, name, factory.trains, results, args))
             announce(rows[-1])
         if args.all_data:
             of_experts = make_factory(encoder, text_dim) if factory.lora != lora_of(encoder) else factory
@@ -226,6 +237,7 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
 
 def tuned(synset: SynSet, validation, factory, args) -> SynSet:
     """The set with the best rates on validation: its own or one of the grid, one network each."""
+    args = argparse.Namespace(**{**vars(args), "looks": 0})  # those are at the test split
     rates = [(synset.syn_lr_img, synset.syn_lr_txt)]
     rates += [(lr_img, lr_txt) for lr_img in args.grid_img for lr_txt in args.grid_txt]
     candidates = [replace(synset, syn_lr_img=lr_img, syn_lr_txt=lr_txt) for lr_img, lr_txt in rates]
@@ -234,7 +246,7 @@ def tuned(synset: SynSet, validation, factory, args) -> SynSet:
 
 def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args) -> list[dict]:
     sizes = num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
-    return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed)
+    return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed, looks=args.looks)
 
 
 def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
@@ -257,17 +269,18 @@ def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
     return {**names, "experts": len(experts), "epochs": epochs, "results": results}
 
 
-def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results, texts: str) -> dict:
-    return {
+def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results, args) -> dict:
+    row = {
         "set": path,
         "method": synset.settings["method"],
         "pairs": len(synset.captions),
         "image_encoder": image_encoder,
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
-        "texts": texts,
+        "texts": args.texts,
         "results": results,
     }
+    return {**row, "looks": args.looks} if args.looks else row
 
 
 def announce(row: dict) -> None:

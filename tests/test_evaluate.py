@@ -70,6 +70,45 @@ def test_nothing_is_compared_with_nothing_or_zero():
     assert compare_rows(alone) == ["mean recall on n as a multiple of all data (1 expert, 3 epochs): a 0.25"]
 
 
+# ---- --looks
+
+
+def cells(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_best_of_looks_has_a_column_of_its_own(straight, experts, tmp_path, capsys):
+    """Beside it every number, of tuned sets and experts too, is what it is without looks."""
+    tables, numbers = [], []
+    for argv in ([], ["--looks", "4"]):
+        files = ["--json", tmp_path / "t.json", "--markdown", tmp_path / "t.md", "--report", tmp_path / "r.html"]
+        argv = [*argv, "--num_eval", "2", "--epoch_eval_train", "4", "--all_data", experts, *files]
+        argv += ["--tune_rates", "--grid_img", "0.02", "--grid_txt", "0.2"]
+        assert evaluate.main([*map(str, ["--synset", sets_of(straight)[1], *argv])]) == 0
+        tables.append(cells(capsys.readouterr().out))
+        assert cells((tmp_path / "t.md").read_text()) == tables[-1]
+        numbers.append(json.loads((tmp_path / "t.json").read_text())["rows"])
+    (plain, plain_experts), (looked, looked_experts) = numbers
+    assert [row[:-1] for row in tables[1]] == tables[0] and plain_experts == looked_experts
+    assert looked.pop("looks") == 4
+    best = {
+        key: {name: looked[key].pop(name) for name in list(looked[key]) if "look" in name} for key in ("mean", "std")
+    }
+    assert looked == plain and set(best["mean"]) == {f"best_look_{key}" for key in plain["mean"] if key != "train_loss"}
+    assert best["mean"]["best_look_r_mean"] >= plain["mean"]["r_mean"]
+    shown = f"{best['mean']['best_look_r_mean']:.1f} ± {best['std']['best_look_r_mean']:.1f}"
+    assert [row[-1] for row in tables[1]] == ["best of 4 looks at test", "---", shown, ""]
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("best of 4 looks at test") == 1 and shown in page
+
+
+def test_more_looks_than_epochs(straight, tmp_path, capsys):
+    argv = ["--synset", sets_of(straight)[1], "--looks", 5, "--epoch_eval_train", 4, "--json", tmp_path / "t.json"]
+    line = error_line(capsys, *argv)
+    assert "--looks 5" in line and "--epoch_eval_train 4" in line and not (tmp_path / "t.json").exists()
+
+
 # ---- --texts nearest
 
 
@@ -188,6 +227,7 @@ def test_interrupted_export_leaves_nothing(straight, tmp_path, capsys, monkeypat
     [
         (["--all_data", "b"], "--all_data"),
         (["--tune_rates"], "--tune_rates"),
+        (["--looks", "2"], "--looks"),
         (["--json", "t.json"], "--json"),
         (["--texts", "nearest"], "--texts"),
     ],

@@ -17,7 +17,7 @@ from utils import files
 from utils.matching import Pairs
 from utils.matching.learner import MIN_RATE, PairLearner
 from utils.scoring import training
-from utils.scoring.evaluation import evaluate_synset, fit_images
+from utils.scoring.evaluation import evaluate_synset, fit_images, look_epochs
 from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
 from utils.scoring.tables import mean_and_std, recall_table
 from utils.scoring.training import make_optimizer, train_epoch, train_on_pairs
@@ -232,6 +232,36 @@ def test_evaluation_trains_fresh_models_with_the_sets_rates(factory, batch, monk
     seen = record_rates(monkeypatch)
     evaluate_synset(factory, make_synset(batch), retrieval, 1, 1, 4, 5, SIZE, 0.07, seed=30)
     assert seen == [[0.1, 0.2]]
+
+
+def test_best_look_is_that_of_the_best_network_so_far(factory, batch, monkeypatch):
+    """Without a fall of the rates, a network of fewer epochs is the same one, stopped before."""
+    step_lr = torch.optim.lr_scheduler.StepLR
+    monkeypatch.setattr(torch.optim.lr_scheduler, "StepLR", lambda o, step_size, gamma: step_lr(o, 1000))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (20, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    retrieval = RetrievalSet(images, [""] * 20, torch.arange(20)), torch.randn(20, TEXT_DIM, generator=generator)
+    sizes = 3, 6, 4, 5, SIZE, 0.07
+    state = torch.get_rng_state()
+    without = evaluate_synset(factory, make_synset(batch), retrieval, *sizes, seed=30)
+    trained = []
+    looked = evaluate_synset(
+        factory, make_synset(batch), retrieval, *sizes, 30, lambda model: trained.append(model.training), looks=3
+    )
+    assert torch.equal(torch.get_rng_state(), state) and trained == [True] * 3
+    assert look_epochs(6, 3) == [2, 4, 6] and look_epochs(7, 3) == [2, 4, 7] and look_epochs(3, 3) == [1, 2, 3]
+    bests = []
+    for k, (result, plain) in enumerate(zip(looked, without, strict=True)):
+        best = {key.removeprefix("best_look_"): v for key, v in result.items() if key.startswith("best_look_")}
+        assert {key: value for key, value in result.items() if not key.startswith("best_look_")} == plain
+        recalls = []
+        for epoch in (2, 4, 6):
+            model = factory.fresh(30 + k)
+            train_on_pairs(model, *batch, 0.1, 0.2, epoch, 4, 0.07, 30 + k)
+            recalls.append(evaluate_retrieval(model, *retrieval, 5, "cpu"))
+        assert best == max(recalls, key=lambda recall: recall["r_mean"])
+        bests.append(best["r_mean"] > plain["r_mean"])
+    assert any(bests)  # the last look is not always the best
 
 
 def test_recall_table():

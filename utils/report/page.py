@@ -20,6 +20,7 @@ from utils.report.words import (
     list_files,
     table_cells,
 )
+from utils.scoring import best_look_name
 from utils.synset import SynSet, load_synset
 
 TEMPLATES = Path(__file__).parent / "template"
@@ -150,21 +151,24 @@ def _render(groups: list[dict], settings: dict, rows: list[dict], context: dict)
         sentences=describe(settings),
         settings=sorted(settings.items()),
         recall_columns=list(RECALL_COLUMNS.values()),
-        **_narrow_table([table_cells(row) for row in rows]),
+        **_narrow_table(rows),
     )
 
 
-def _narrow_table(rows: list[list[dict]]) -> dict:
-    """Columns and rows without the columns that are the same in all rows, and a text that tells those."""
+def _narrow_table(rows: list[dict]) -> dict:
+    """Columns and rows of cells without the columns that are the same in all rows, and a text that tells those."""
+    best_look = best_look_name(rows)
+    columns = [*TABLE_COLUMNS, *([best_look] if best_look else [])]
+    rows = [table_cells(row, best_look is not None) for row in rows]
     told = {
         name: row[i]["text"]
         for row in rows[:1]
-        for i, name in enumerate(TABLE_COLUMNS)
+        for i, name in enumerate(columns)
         if name in ("image encoder", "trains") and len({other[i]["text"] for other in rows}) == 1
     }
-    kept = [i for i, name in enumerate(TABLE_COLUMNS) if name not in told]
+    kept = [i for i, name in enumerate(columns) if name not in told]
     return {
-        "columns": [TABLE_COLUMNS[i] for i in kept],
+        "columns": [columns[i] for i in kept],
         "rows": [[row[i] for i in kept] for row in rows],
         "alike": ", ".join(f"{name} {text}" for name, text in told.items()),
     }

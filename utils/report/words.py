@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from utils.report.history import History
+from utils.scoring import BEST_LOOK
 
 RECALL_COLUMNS = {
     **{"txt_r1": "TR@1", "txt_r5": "TR@5", "txt_r10": "TR@10"},
@@ -97,8 +98,11 @@ def evaluation_rows(history: History) -> list[list[dict]]:
     ]
 
 
-def table_cells(row: dict) -> list[dict]:
-    """A row of the final table, with the numbers of `evaluate.as_numbers`: {text, value to sort by} by column."""
+def table_cells(row: dict, with_best_look: bool = False) -> list[dict]:
+    """A row of the final table, with the numbers of `evaluate.as_numbers`: {text, value to sort by} by column.
+
+    `with_best_look` adds the mean recall of the best look, empty where there was none.
+    """
     rates = row.get("rates", [])
     texts = [
         {"text": row["set"], "value": row["set"]},
@@ -108,7 +112,9 @@ def table_cells(row: dict) -> list[dict]:
         {"text": row["trains"], "value": row["trains"]},
     ]
     mean, std = row["mean"], row["std"]
-    return texts + [{"text": f"{mean[k]:.1f} ± {std[k]:.1f}", "value": mean[k]} for k in RECALL_COLUMNS]
+    keys = [*RECALL_COLUMNS, *([f"{BEST_LOOK}r_mean"] if with_best_look else [])]
+    recalls = [(f"{mean[k]:.1f} ± {std[k]:.1f}", mean[k]) if k in mean else ("", -1) for k in keys]
+    return texts + [{"text": text, "value": value} for text, value in recalls]
 
 
 def list_files(folder: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """What a set of pairs is worth: networks trained on it and their recall; real pairs chosen to compare with."""
 
 from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
-from utils.scoring.evaluation import TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images
+from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images, look_epochs
 from utils.scoring.features import EmbedLoader, embed_images, embed_views, pair_features
 from utils.scoring.retrieval import (
     embedded_once,
@@ -13,6 +13,7 @@ from utils.scoring.retrieval import (
 from utils.scoring.tables import (
     ALL_DATA,
     as_numbers,
+    best_look_name,
     compare_rows,
     markdown_table,
     mean_and_std,

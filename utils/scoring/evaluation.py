@@ -5,12 +5,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from data.errors import InputError
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import train_on_pairs
 from utils.synset import SynSet
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
+BEST_LOOK = "best_look_"  # before the names of a best look's recalls
+
+
+def look_epochs(epochs: int, looks: int) -> list[int]:
+    """The numbers of `looks` equally spaced epochs, the last one included. Raises InputError if there are fewer."""
+    if looks > epochs:
+        raise InputError(f"--looks {looks} is more than --epoch_eval_train {epochs}; lower it or train longer")
+    return [epochs * look // looks for look in range(1, looks + 1)]
 
 
 def fit_images(synset: SynSet, image_size: int, mean, std) -> torch.Tensor:
@@ -38,6 +47,7 @@ def evaluate_synset(
     temperature: float,
     seed: int,
     on_model: Callable | None = None,
+    looks: int = 0,
 ) -> list[dict[str, float]]:
     """Recalls of `num_eval` fresh models, each trained on the set alone with the set's rates.
 
@@ -46,22 +56,35 @@ def evaluate_synset(
         retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on, see also `embedded_once`.
         seed: model k starts from seed + k.
         on_model: called with each trained model; the next one takes its storage.
+        looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
+            numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
     """
+    at_epochs = look_epochs(epochs * synset.phases, looks or 1)
     images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
     text_embed = synset.text_syn.float().to(factory.device)
     targets = None if synset.targets is None else synset.targets.float().to(factory.device)
     if not factory.image_trainable:
         images = _embedded(factory.fresh(seed), images, batch_size_test)
+    rates = synset.syn_lr_img, synset.syn_lr_txt
+
+    def train_and_look(model, seed):
+        seen = []
+
+        def look(epoch):
+            if epoch in at_epochs:
+                seen.append(evaluate_retrieval(model, *retrieval, batch_size_test, factory.device))
+
+        length = epochs, batch_size, temperature, seed
+        how = synset.loss_type, targets, synset.phases
+        loss = train_on_pairs(model, images, text_embed, *rates, *length, *how, look)
+        best = max(seen, key=lambda recall: recall["r_mean"]) if looks else {}
+        return {**seen[-1], "train_loss": loss, **{BEST_LOOK + key: value for key, value in best.items()}}
+
     results = []
     for k in range(num_eval):
         model = factory.fresh(seed + k)
-        rates = synset.syn_lr_img, synset.syn_lr_txt
-        length = epochs, batch_size, temperature, seed + k
-        how = synset.loss_type, targets, synset.phases
-        loss = train_on_pairs(model, images, text_embed, *rates, *length, *how)
-        recall = evaluate_retrieval(model, *retrieval, batch_size_test, factory.device)
-        results.append({**recall, "train_loss": loss})
+        results.append(train_and_look(model, seed + k))
         if on_model is not None:
             on_model(model)
     return results

@@ -1,13 +1,14 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, `rates` and `texts`, how its texts were made ("learned", "nearest"); that of all
-data has `experts` and their `epochs`.
+network. A set's row also has `pairs`, `rates` and `texts`, how its texts were made ("learned", "nearest"), and `looks`
+if the best of some looks at the test split is among its numbers; that of all data has `experts` and their `epochs`.
 """
 
 import statistics
 from pathlib import Path
 
+from utils.scoring.evaluation import BEST_LOOK
 from utils.scoring.retrieval import RECALLS
 
 ALL_DATA = "all data"
@@ -20,19 +21,27 @@ def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dic
     return {k: statistics.fmean(v) for k, v in columns.items()}, {k: statistics.pstdev(v) for k, v in columns.items()}
 
 
-def recall_table(rows: dict[tuple | str, list[dict[str, float]]], columns: tuple[str, ...] = ("set",)) -> str:
+def recall_table(
+    rows: dict[tuple | str, list[dict[str, float]]], columns: tuple[str, ...] = ("set",), best_look: str | None = None
+) -> str:
     """Markdown: a row per entry, recalls in per cent as mean ± std over its models.
 
-    A key of `rows` is what stands in the first `columns`: a tuple, or a string if it is one column.
+    A key of `rows` is what stands in the first `columns`: a tuple, or a string if it is one column. `best_look` heads
+    one more column for the mean recall of the best look, empty where there was none.
     """
-    head = [*columns, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
+    head = [*columns, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean", *([best_look] if best_look else [])]
+    keys = [*RECALLS, *([f"{BEST_LOOK}r_mean"] if best_look else [])]
     lines = [head, ["---"] * len(head)]
     for name, results in rows.items():
         mean, std = mean_and_std(results)
-        lines.append(
-            [*([name] if isinstance(name, str) else name), *(f"{mean[key]:.1f} ± {std[key]:.1f}" for key in RECALLS)]
-        )
+        cells = (f"{mean[key]:.1f} ± {std[key]:.1f}" if key in mean else "" for key in keys)
+        lines.append([*([name] if isinstance(name, str) else name), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def best_look_name(rows: list[dict]) -> str | None:
+    """What the mean recall of the best look is called in tables; None if there were no looks."""
+    return next((f"best of {row['looks']} looks at test" for row in rows if "looks" in row), None)
 
 
 def set_names(paths: list[str]) -> dict[str, str]:
@@ -49,7 +58,7 @@ def markdown_table(rows: list[dict]) -> str:
         rates = " ".join(f"{rate:.3g}" for rate in row.get("rates", []))
         label = names[row["set"]] if row["set"] == ALL_DATA else f"{names[row['set']]} ({_made(row)})"
         table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
-    return recall_table(table, COLUMNS)
+    return recall_table(table, COLUMNS, best_look_name(rows))
 
 
 def as_numbers(row: dict) -> dict:

@@ -133,6 +133,7 @@ def train_on_pairs(
     loss_type: str = "InfoNCE",
     targets=None,
     phases: int = 1,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> float:
     """Trains `model` on M pairs as the evaluation does; returns the last epoch's mean loss.
 
@@ -142,6 +143,7 @@ def train_on_pairs(
     Args:
         images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]. text_embed: [M, D_text].
         loss_type: see `pair_loss`. targets: its S [M, M]; None for hard targets.
+        on_epoch: called after each epoch with its number, from 1, counted over all phases.
     """
     order = torch.Generator().manual_seed(seed)
 
@@ -152,7 +154,11 @@ def train_on_pairs(
     recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True, "loss_type": loss_type}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        losses = []
         for rows in phase_rows(len(images), phases):
             of_phase = functools.partial(batches, rows)
-            results = list(train_epochs(model, of_phase, temperature, epochs, lr_img, lr_txt, **recipe))
-    return results[-1][1][0]
+            for _, (loss, _) in train_epochs(model, of_phase, temperature, epochs, lr_img, lr_txt, **recipe):
+                losses.append(loss)
+                if on_epoch is not None:
+                    on_epoch(len(losses))
+    return losses[-1]
