@@ -2,9 +2,11 @@
 
 Every method takes a picture at most once. random: a random caption of random pictures. herding: the pairs whose mean
 feature is nearest to that of all pairs, one after another. kcenter: always the pair farthest from those chosen.
-forgetting: the pairs that an expert forgets most often while it trains, or never learns.
+kmeans: the pairs nearest to the centres of as many clusters. forgetting: the pairs that an expert forgets most often
+while it trains, or never learns.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -19,15 +21,16 @@ from utils.scoring import (
     ForgettingCounter,
     check_num_queries,
     device_batches,
-    embed_images,
     herding,
     highest,
     kcenter,
-    pair_features,
+    kmeans,
     random_rows,
     train_epochs,
 )
 from utils.setup import (
+    check_encoder_features,
+    encoder_features,
     expert_loader,
     expert_recipe,
     find_device,
@@ -38,7 +41,7 @@ from utils.setup import (
 )
 from utils.synset import SynSet, save_synset
 
-METHODS = ("random", "herding", "kcenter", "forgetting")
+METHODS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 
 
 def parse_args(argv=None):
@@ -52,7 +55,7 @@ def parse_args(argv=None):
         "--features",
         choices=("image", "text", "joint"),
         default="joint",
-        help="what herding and kcenter compare: the pretrained encoders' L2-normalised features, joint is both",
+        help="what herding, kcenter and kmeans compare: the pretrained encoders' L2-normalised features, joint is both",
     )
     add("--lr_teacher_img", type=cli.positive, default=0.1, help="rate of the image tower, for the expert and the set")
     add("--lr_teacher_txt", type=cli.positive, default=0.1, help="rate of the text tower, for the expert and the set")
@@ -95,8 +98,9 @@ def main(argv=None):
         forgotten = count_forgetting(real, real_embed, factory, args, device)
         rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
     else:
-        choose = {"herding": herding, "kcenter": kcenter}[args.method]
-        features = encoder_features(real, real_embed, factory.encoder, args, device)
+        by_name = {"herding": herding, "kcenter": kcenter, "kmeans": functools.partial(kmeans, generator=generator)}
+        choose = by_name[args.method]
+        features = encoder_features(args, args.features, real, real_embed, factory.encoder, device)
         rows, scores = choose(features, real.row_to_image, args.num_queries)
 
     # The set.
@@ -115,21 +119,8 @@ def check_flags(args) -> None:
         raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
     if args.method == "forgetting" and args.batch_size_train < 2:
         raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
-    on_images = args.method in ("herding", "kcenter") and args.features != "text"
-    if on_images and not (args.image_pretrained or args.image_checkpoint):
-        raise InputError(
-            f"--features {args.features} needs a pretrained image encoder; drop --no_image_pretrained, "
-            "give --image_checkpoint or use --features text"
-        )
-
-
-def encoder_features(real, real_embed, encoder, args, device):
-    """Features [rows, D] of --features; pictures are encoded only if they are needed."""
-    image_embed = None
-    if args.features != "text":
-        sizes = args.image_size, args.batch_size_test
-        image_embed = embed_images(real.paths, encoder, *sizes, device, args.cache_dir)
-    return pair_features(args.features, image_embed, real_embed, real.row_to_image)
+    if args.method in ("herding", "kcenter", "kmeans") and args.features != "text":
+        check_encoder_features(args, f"--features {args.features}", " or use --features text")
 
 
 def count_forgetting(real, real_embed, factory, args, device):

@@ -49,6 +49,7 @@ from utils.scoring import (
     recall_table,
 )
 from utils.setup import (
+    check_encoder_features,
     describe_training,
     find_device,
     find_split,
@@ -71,7 +72,7 @@ EMA_HELP = "what is scored and saved is an average over iterations with this dec
 ADDED = {
     **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
     **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
-    **{"batch_order": "independent", "phases": 1, "shortcut": None},
+    **{"batch_order": "independent", "phases": 1, "shortcut": None, "init_set": None},
 }
 
 
@@ -123,8 +124,15 @@ def parse_args(argv=None):
         help="how much of an earlier step's effect on the later ones the gradient keeps: 1 is exact, 0 is TESLA's",
     )
     add_target_flags(parser)
-    add("--pix_init", choices=("real", "noise"), default="real", help="pixels start from real pictures or noise")
-    add("--txt_init", choices=("real", "noise"), default="real", help="texts start from real captions or noise")
+    add(
+        "--pix_init",
+        choices=("real", "kmeans", "noise"),
+        default="real",
+        help="pixels start from random real pictures, from those of the pairs nearest to k-means centres (texts too), "
+        "or from noise",
+    )
+    add("--txt_init", choices=("real", "noise"), default="real", help="texts start from the pairs' captions or noise")
+    add("--init_set", metavar="FILE", help="start from the pictures and texts of this set")
     parser.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
     parser.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
     add("--max_files", type=cli.count, help="read at most so many expert files")
@@ -175,7 +183,7 @@ def add_target_flags(parser: cli.Parser) -> None:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    check_frozen(args)
+    check_start(args)
     check_targets(args)
     check_run_folder(Path(args.save_dir), args.resume)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
@@ -324,10 +332,14 @@ def saved_when_stopped(run: Distillation):
         run.prefetch.close()
 
 
-def check_frozen(args) -> None:
-    """Raises InputError if --image_only or --text_only leaves nothing to learn, or noise as it is."""
+def check_start(args) -> None:
+    """Raises InputError for first pairs that cannot be, or if nothing is learned, or noise stays as it is."""
     if args.image_only and args.text_only:
         raise InputError("--image_only and --text_only exclude each other; give one, or neither to learn both")
+    if args.init_set and args.pix_init == "kmeans":
+        raise InputError("--init_set and --pix_init kmeans both give the first pairs; drop one")
+    if args.pix_init == "kmeans":
+        check_encoder_features(args, "--pix_init kmeans")
     if (args.image_only and args.txt_init == "noise") or (args.text_only and args.pix_init == "noise"):
         raise InputError("the modality that is not learned must start from real values; drop its noise init")
 

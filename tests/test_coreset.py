@@ -16,7 +16,16 @@ from data.annotations import clean_caption
 from data.errors import InputError
 from networks.image_encoder import build_image_encoder
 from utils.files import save_tensors
-from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
+from utils.scoring.coresets import (
+    ForgettingCounter,
+    check_num_queries,
+    herding,
+    highest,
+    kcenter,
+    kmeans,
+    random_rows,
+    spread_seeds,
+)
 from utils.scoring.features import embed_images, pair_features
 from utils.scoring.tables import COLUMNS
 from utils.scoring.training import make_optimizer, train_epoch
@@ -92,6 +101,52 @@ def test_herding_is_welling_s_update_for_features_of_one_norm():
     assert herding(features, groups, 8)[0] == rows
 
 
+def brute_centres(features, centres):
+    """Lloyd's rounds from `centres` until nothing changes, a row at a time."""
+    nearest = None
+    while True:
+        before, nearest = nearest, [min(range(len(centres)), key=lambda c: (x - centres[c]).norm()) for x in features]
+        if nearest == before:
+            return centres
+        for c in range(len(centres)):
+            own = [x for x, n in zip(features, nearest, strict=True) if n == c]
+            centres[c] = sum(own) / len(own) if own else centres[c]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_kmeans_is_lloyd_s(normalised, monkeypatch):
+    monkeypatch.setattr("utils.scoring.coresets.BLOCK", 7)
+    for seed in range(8):
+        features, groups = small_data(seed, normalised)
+        num = min(9, len(groups.unique()))
+        seeds = spread_seeds(features, features.square().sum(dim=1), num, seeded(seed))
+        rows, scores = kmeans(features, groups, num, seeded(seed))
+        for i, centre in enumerate(brute_centres(features, list(features[seeds]))):
+            # The two rows of a cluster are equally near to its centre, but for rounding.
+            distance = {row: (features[row] - centre).norm().item() for row in allowed_rows(groups, rows[:i])}
+            assert distance[rows[i]] == pytest.approx(min(distance.values()), abs=1e-7)
+            assert scores[i] == pytest.approx(distance[rows[i]], abs=1e-7)
+    assert kmeans(features, groups, num, seeded(1))[0] != kmeans(features, groups, num, seeded(2))[0]
+
+
+def test_seeds_are_drawn_by_squared_distance():
+    """From row 0, rows at distances 1, 2 and 3 are drawn 1 : 4 : 9, itself never; a fourth seed is the one left."""
+    features = torch.tensor([[0.0], [1.0], [2.0], [3.0], [3.0]])
+    drawn = [spread_seeds(features, features.square().sum(dim=1), 4, seeded(seed)) for seed in range(6000)]
+    second = [rows[1] for rows in drawn if rows[0] == 0]
+    shares = [second.count(row) / len(second) for row in range(5)]
+    assert shares == pytest.approx([0, 1 / 23, 4 / 23, 9 / 23, 9 / 23], abs=0.04)
+    assert all(sorted(features[rows, 0].tolist()) == [0, 1, 2, 3] for rows in drawn)
+
+
+def test_empty_cluster_and_equal_features():
+    """More centres than different rows: the pictures are filled all the same."""
+    groups = torch.arange(6).repeat_interleave(3)
+    for features in (torch.ones(18, 4), torch.eye(2).repeat(9, 2)):
+        rows, scores = kmeans(features, groups, 6, seeded(0))
+        assert sorted(groups[rows].tolist()) == list(range(6)) and scores == pytest.approx([0] * 6, abs=1e-3)
+
+
 @pytest.mark.parametrize("method", [herding, kcenter])
 def test_equal_features_fill_every_picture_once(method):
     groups = torch.arange(6).repeat_interleave(3)
@@ -115,6 +170,7 @@ def test_more_pairs_than_pictures():
     calls = [
         lambda: herding(features, groups, many),
         lambda: kcenter(features, groups, many),
+        lambda: kmeans(features, groups, many, seeded(0)),
         lambda: highest(features[:, 0], groups, many, seeded(0)),
         lambda: check_num_queries(many, many - 1),
     ]
@@ -209,14 +265,14 @@ def test_image_features_are_cached_by_weights_and_files(tiny_data, tmp_path, mon
     load_images = features_module.load_images
     monkeypatch.setattr(features_module, "load_images", lambda p, size: loads.append(len(p)) or load_images(p, size))
     monkeypatch.setattr(features_module, "BLOCK", 3)
-    encoder = build_image_encoder("test_nfnet", 32, pretrained=False)
+    encoder = build_image_encoder("test_nfnet", 32, pretrained=False).train()
 
     def embed(files=paths, size=32, folder=tmp_path / "cache"):
         loads.clear()
         return embed_images(files, encoder, size, 2, "cpu", folder)
 
     first = embed()
-    assert first.shape == (8, encoder.width) and loads == [3, 3, 2]
+    assert first.shape == (8, encoder.width) and loads == [3, 3, 2] and encoder.training
     assert torch.equal(embed(), first) and not loads
     assert torch.allclose(embed(paths[:2]), first[:2], atol=1e-6) and loads
     embed(size=48)
@@ -451,7 +507,7 @@ def test_options_that_cannot_work(run_coreset, tmp_path, capsys, argv, words):
     assert all(word in line for word in words) and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("method", ["herding", "kcenter"])
+@pytest.mark.parametrize("method", ["herding", "kcenter", "kmeans"])
 def test_features_that_an_untrained_encoder_cannot_give(tiny_argv, tmp_path, capsys, method):
     at = tiny_argv.index("--image_checkpoint")
     argv = [*tiny_argv[:at], *tiny_argv[at + 2 :], "--no_image_pretrained", "--num_queries", "3"]

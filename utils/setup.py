@@ -25,8 +25,9 @@ from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
 from utils.matching import Pairs
-from utils.scoring import EmbedLoader, embed_views, random_rows
+from utils.scoring import EmbedLoader, embed_images, embed_views, kmeans, pair_features, random_rows
 from utils.similarity import initial_similarity
+from utils.synset import SynSet, load_synset
 
 
 def find_device(args) -> torch.device:
@@ -150,20 +151,68 @@ def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
     return {**counts, "lora_base": factory.base}
 
 
-def initial_pairs(args, real, real_embed, encoder, device) -> Pairs:
-    """Real pairs of distinct pictures, one random caption each, or noise of the same mean and spread."""
+def check_encoder_features(args, flag: str, way_out: str = "") -> None:
+    """Raises InputError if `flag` would compare features of an image encoder that has learned nothing."""
+    if not (args.image_pretrained or args.image_checkpoint):
+        raise InputError(
+            f"{flag} needs a pretrained image encoder; drop --no_image_pretrained, give --image_checkpoint{way_out}"
+        )
+
+
+def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, device) -> torch.Tensor:
+    """Features [rows, D] of the real pairs, see `pair_features`; pictures are encoded only if they are needed."""
+    image_embed = None
+    if kind != "text":
+        sizes = args.image_size, args.batch_size_test
+        image_embed = embed_images(real.paths, encoder, *sizes, device, args.cache_dir)
+    return pair_features(kind, image_embed, real_embed, real.row_to_image)
+
+
+def initial_pairs(args, real: PairDataset, real_embed, encoder, device) -> Pairs:
+    """Pairs of --init_set, or real pairs of distinct pictures: one random caption each, or the prototypes of k-means.
+
+    Noise in the place of either modality has the mean and spread of the real ones.
+    """
     generator = torch.Generator().manual_seed(args.seed)
-    size = args.num_queries, 3, args.image_size, args.image_size
-    rows = random_rows(real.row_to_image, args.num_queries, generator)
-    if args.pix_init == "real":
-        images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
-        image_syn = normalize(images, encoder.mean, encoder.std)
+    if args.init_set:
+        first = fitting_set(args, encoder, real_embed.shape[1])
+        image_syn, text_syn = first.image_syn.float(), first.text_syn.float()
     else:
-        image_syn = torch.randn(size, generator=generator)
-    text_syn = real_embed[rows]
+        if args.pix_init == "kmeans":
+            features = encoder_features(args, "joint", real, real_embed, encoder, device)
+            rows = kmeans(features, real.row_to_image, args.num_queries, generator)[0]
+        else:
+            rows = random_rows(real.row_to_image, args.num_queries, generator)
+        text_syn = real_embed[rows]
+        if args.pix_init != "noise":
+            images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
+            image_syn = normalize(images, encoder.mean, encoder.std)
+    if args.pix_init == "noise":
+        image_syn = torch.randn(args.num_queries, 3, args.image_size, args.image_size, generator=generator)
     if args.txt_init == "noise":
         text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
     rates = torch.tensor(args.lr_teacher_img), torch.tensor(args.lr_teacher_txt)
     similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
     image_syn = image_syn.to(device, memory_format=torch.channels_last)
     return Pairs.of([image_syn, *(tensor.to(device) for tensor in (text_syn, *rates, *similarity))])
+
+
+def fitting_set(args, encoder, text_dim: int) -> SynSet:
+    """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
+    synset = load_synset(args.init_set)
+    height, width = synset.image_syn.shape[2:]
+    parts = [
+        ("number of pairs", len(synset.image_syn), args.num_queries),
+        ("picture size", f"{height} x {width}", f"{args.image_size} x {args.image_size}"),
+        ("text width", synset.text_syn.shape[1], text_dim),
+        ("mean and std", (synset.mean, synset.std), (tuple(encoder.mean), tuple(encoder.std))),
+    ]
+    made = synset.settings
+    parts += [(key, made[key], getattr(args, key)) for key in ("text_encoder", "text_pooling") if key in made]
+    for name, of_set, of_run in parts:
+        if of_set != of_run:
+            raise InputError(
+                f"--init_set {args.init_set} does not fit: its {name} is {of_set}, that of this run {of_run}; "
+                "change the run or give another set"
+            )
+    return synset

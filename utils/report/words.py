@@ -27,10 +27,9 @@ def describe(settings: dict) -> list[str]:
     """Sentences on how a set was made, as far as its settings say."""
     if not str(settings.get("method", "")).startswith(("distilled", "initial")):
         return [f"Real pairs of {settings.get('dataset')}, chosen by {settings.get('method')}."]
-    pictures, texts = ("real" if settings.get(key) == "real" else "noise for" for key in ("pix_init", "txt_init"))
     told = [
         "{num_queries} pairs of a picture ({image_size} × {image_size} pixels) and a text embedding stand for all "
-        f"training pairs of {{dataset}}. They start from {pictures} pictures and {texts} texts."
+        f"training pairs of {{dataset}}. They start from {_start(settings)}."
     ]
     told.append(
         "In each iteration a student ({image_encoder} on pictures, a projection of {text_encoder}'s embeddings) starts "
@@ -63,6 +62,18 @@ def describe(settings: dict) -> list[str]:
         except (KeyError, ValueError, TypeError):  # an older set does not say
             continue
     return sentences
+
+
+def _start(settings: dict) -> str:
+    """The first pictures and texts in words, with `{init_set}` where its name belongs."""
+
+    def of(key, noun):
+        if settings.get(key) == "noise":
+            return f"noise for {noun}"
+        return f"the {noun} of {{init_set}}" if settings.get("init_set") else f"real {noun}"
+
+    prototypes = ", of the pairs nearest to the centres of k-means" if settings.get("pix_init") == "kmeans" else ""
+    return f"{of('pix_init', 'pictures')} and {of('txt_init', 'texts')}{prototypes}"
 
 
 def headline(history: History, known: dict) -> list[dict]:

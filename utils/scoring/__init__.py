@@ -1,6 +1,14 @@
 """What a set of pairs is worth: networks trained on it and their recall; real pairs chosen to compare with."""
 
-from utils.scoring.coresets import ForgettingCounter, check_num_queries, herding, highest, kcenter, random_rows
+from utils.scoring.coresets import (
+    ForgettingCounter,
+    check_num_queries,
+    herding,
+    highest,
+    kcenter,
+    kmeans,
+    random_rows,
+)
 from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images, look_epochs
 from utils.scoring.features import EmbedLoader, embed_images, embed_views, pair_features
 from utils.scoring.retrieval import (

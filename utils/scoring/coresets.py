@@ -1,4 +1,4 @@
-"""Choosing real pairs: random, herding, k-center and forgetting, each picture at most once.
+"""Choosing real pairs: random, herding, k-center, k-means and forgetting, each picture at most once.
 
 Rows are pairs, one per caption; `groups` names each row's picture, int64 [N]. Once a row is chosen, the other
 rows of its picture are out. Every function returns the chosen rows in the order of choice and a score for each.
@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.errors import InputError
 
 Choice = tuple[list[int], list[float]]
+BLOCK = 4096  # rows whose distances are in memory at a time
 
 
 def check_num_queries(num_queries: int, num_pictures: int) -> None:
@@ -84,6 +86,61 @@ def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
     return rows, scores
 
 
+def kmeans(features: Tensor, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100) -> Choice:
+    """The rows nearest to the `num` centres of k-means (Lloyd, from the seeds of `spread_seeds`).
+
+    The rounds end when no row changes its centre, or after `most_rounds`. A centre that no row is nearest to stays
+    where it is. Centres choose in the order of their seeds, each the nearest row whose picture is not yet taken.
+
+    Args:
+        features: [N, D]; read once per round, no memory beyond O(N + (block + num) D).
+
+    Returns:
+        (rows, scores): a row's score is its distance to its centre.
+    """
+    check_num_queries(num, len(groups.unique()))
+    norms = _squared_norms(features)  # [N]
+    centres = features[spread_seeds(features, norms, num, generator)]  # [K, D]
+    nearest = None
+    for _ in tqdm(range(most_rounds), desc="k-means", leave=False, disable=None):
+        before, nearest = nearest, _nearest_centres(features, centres)
+        if before is not None and torch.equal(before, nearest):
+            break
+        counts = torch.bincount(nearest, minlength=num)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    out = torch.zeros_like(norms)  # inf at rows whose picture is taken
+    rows, scores = [], []
+    for centre in centres:
+        distances = _squared_distances(features, norms, centre)
+        rows.append(_take(-distances - out, out, groups))
+        scores.append(distances[rows[-1]].sqrt().item())
+    return rows, scores
+
+
+def spread_seeds(features: Tensor, norms: Tensor, num: int, generator: torch.Generator) -> list[int]:
+    """`num` rows of features [N, D], each drawn with its squared distance to the nearest one drawn before as weight.
+
+    These are the seeds of k-means++ (Arthur & Vassilvitskii, SODA 2007); the first has no preference. `norms` [N] are
+    the rows' squared norms.
+    """
+    rows = [torch.randint(len(features), (), generator=generator).item()]
+    nearest = _squared_distances(features, norms, features[rows[0]])
+    while len(rows) < num:
+        heaped = nearest.double().cumsum(dim=0)
+        drawn = torch.rand((), generator=generator, dtype=torch.double) * heaped[-1]
+        # Where all distances are 0 any row will do, here the last.
+        rows.append(min(torch.searchsorted(heaped, drawn, right=True).item(), len(features) - 1))
+        nearest = torch.minimum(nearest, _squared_distances(features, norms, features[rows[-1]]))
+    return rows
+
+
+def _nearest_centres(features: Tensor, centres: Tensor) -> Tensor:
+    """The index [N] of the centre [K, D] nearest to each row."""
+    half_norms = centres.square().sum(dim=1) / 2
+    return torch.cat([(half_norms - rows @ centres.T).argmin(dim=1) for rows in features.split(BLOCK)])
+
+
 def highest(scores: Tensor, groups: Tensor, num: int, generator: torch.Generator) -> Choice:
     """The rows with the highest scores [N], one per picture; rows of equal score in random order."""
     check_num_queries(num, len(groups.unique()))
@@ -99,8 +156,8 @@ def highest(scores: Tensor, groups: Tensor, num: int, generator: torch.Generator
     return rows, scores[rows].tolist()
 
 
-def _squared_norms(features: Tensor, block: int = 4096) -> Tensor:
-    return torch.cat([rows.square().sum(dim=1) for rows in features.split(block)])
+def _squared_norms(features: Tensor) -> Tensor:
+    return torch.cat([rows.square().sum(dim=1) for rows in features.split(BLOCK)])
 
 
 def _squared_distances(features: Tensor, norms: Tensor, centre: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
 
 @torch.no_grad()
 def _encode(paths, encoder, image_size, batch_size, device) -> Tensor:
+    was_training = encoder.training
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
     image_embed = torch.empty(len(paths), encoder.width)
     for first in tqdm(range(0, len(paths), BLOCK), desc="image features", leave=False, disable=None):
@@ -100,6 +101,7 @@ def _encode(paths, encoder, image_size, batch_size, device) -> Tensor:
             for batch in images.split(batch_size)
         ]
         image_embed[first : first + len(images)] = torch.cat(features)
+    encoder.train(was_training)
     return image_embed
 
 
