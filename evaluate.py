@@ -1,7 +1,7 @@
 """Trains fresh models on saved sets of pairs and reports their retrieval recall on the test split, in one table.
 
 A row for each set and image encoder. Data, encoders and training lengths default to those the first set was made
-with; another encoder than a set's own shows how the set transfers to it.
+with, if it says so; another encoder than a set's own shows how the set transfers to it.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from pathlib import Path
 from data.errors import InputError
 from data.text_cache import embed_captions
 from networks.clip_model import trained_parameters
+from networks.loss import LOSS_TYPES
 from utils import cli
 from utils.experts import LORA, find_trajectories
-from utils.export import export_sets
+from utils.export import export_released, export_sets
 from utils.files import save_text
 from utils.recipes import DEMO_DATA, recipe_defaults
+from utils.released_sets import is_released
 from utils.report import check_installed, write_table_page
 from utils.scoring import (
     ALL_DATA,
@@ -51,17 +53,23 @@ OF_ENCODER = {
 SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")  # with --texts nearest the first alone
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
-# Flags without effect beside --export.
+# Flags without effect beside --export and --export_pt.
 OF_TABLE = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
-    add("--synset", nargs="+", required=True, help="files that distill.py or coreset.py saved")
+    add(
+        "--synset",
+        nargs="+",
+        required=True,
+        help="files that distill.py or coreset.py saved, or distilled_N.pt of LoRS, RepBlend or PTM-ST",
+    )
     add("--all_data", metavar="BUFFER_PATH", help="add a row for training on all pairs: its experts' last snapshots")
     add("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
     add("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
+    add("--loss_type", choices=LOSS_TYPES, help="loss to train with instead of the set's own")
     parser.add_bool(
         "tune_rates",
         False,
@@ -91,6 +99,7 @@ def parse_args(argv=None):
         help="write the sets' pictures (PNG), captions, embeddings and rates to this new folder instead of training on "
         "them; a sub-folder for each of several sets",
     )
+    add("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
     add("--markdown", metavar="FILE", help="write the table to this file")
     add("--json", metavar="FILE", help="write the numbers to this file")
     add("--report", metavar="FILE", help="write a page with the table, the pairs and the curves of their run: HTML")
@@ -103,16 +112,20 @@ def parse_args(argv=None):
 
 
 def load_set(path: str) -> SynSet:
-    """Reads a set. Raises InputError if it cannot be read or does not say how it was made."""
+    """Reads a set. Raises InputError if it cannot be read, or is one of ours and does not say how it was made."""
     synset = load_synset(path)
     lacking = [key for key in MADE_WITH if key not in synset.settings]
-    if lacking:
+    if lacking and not is_released(path):
         raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
     return synset
 
 
 def settings_of_first_set(args) -> dict:
+    """Defaults from the first set; the parser's own if that does not say how it was made."""
     settings = load_set(args.synset[0]).settings
+    if is_released(args.synset[0]):
+        named = args.image_encoder or "nfnet"
+        return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
     inherited = {key: settings[key] for key in INHERITED if key in settings}
     if inherited["dataset"] == "demo":
         of_demo = recipe_defaults("evaluate.py", "demo", None)
@@ -125,8 +138,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         check_installed()
-    synsets = {path: with_rates(load_set(path), args) for path in args.synset}
-    if args.export:
+    synsets = {path: with_flags(load_set(path), args) for path in args.synset}
+    if args.export or args.export_pt:
         export(synsets, args)
         return
     if args.looks:
@@ -170,11 +183,13 @@ def main(argv=None):
         write_table_page(Path(args.report), list(map(Path, args.synset)), [as_numbers(row) for row in rows], command)
 
 
-def with_rates(synset: SynSet, args) -> SynSet:
+def with_flags(synset: SynSet, args) -> SynSet:
+    """The set with the rates and the loss of the command line where it gives them."""
     return replace(
         synset,
         syn_lr_img=args.syn_lr_img or synset.syn_lr_img,
         syn_lr_txt=args.syn_lr_txt or synset.syn_lr_txt,
+        loss_type=args.loss_type or synset.loss_type,
     )
 
 
@@ -184,10 +199,18 @@ def with_nearest_texts(synset: SynSet, text_encoder, args) -> SynSet:
 
 
 def export(synsets: dict[str, SynSet], args) -> None:
-    """Writes the sets to --export. Raises InputError for flags without effect there and for sets of one name."""
-    given = [flag for flag in OF_TABLE if getattr(args, flag)] + (["texts"] if args.texts != "learned" else [])
+    """Writes the sets to --export, or the set to --export_pt. Raises InputError for flags and sets it cannot take."""
+    flag = "--export" if args.export else "--export_pt"
+    given = [name for name in OF_TABLE if getattr(args, name)] + (["texts"] if args.texts != "learned" else [])
     if given:
-        raise InputError(f"--export trains nothing and writes the sets as they are; leave out --{given[0]}")
+        raise InputError(f"{flag} trains nothing and writes the sets as they are; leave out --{given[0]}")
+    if args.export_pt:
+        if args.export or len(synsets) > 1 or not is_released(args.export_pt):
+            raise InputError("--export_pt takes one set, a file that ends in .pt, and no --export beside it")
+        ((path, synset),) = synsets.items()
+        export_released(args.export_pt, synset)
+        print(f"{len(synset.captions)} pairs of {path} in {args.export_pt}")
+        return
     names = {Path(path).stem for path in synsets}
     if len(names) < len(synsets):
         raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
@@ -197,7 +220,11 @@ def export(synsets: dict[str, SynSet], args) -> None:
 
 
 def check_shared(path: str, synset: SynSet, args) -> None:
-    """Raises InputError if the set belongs to another dataset or text encoder."""
+    """Raises InputError if the set belongs to another dataset or text encoder, or has no captions to embed."""
+    if is_released(path):  # it does not say
+        if args.texts == "nearest":
+            raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
+        return
     for key in SHARED if args.texts == "learned" else SHARED[:1]:
         if synset.settings.get(key) != getattr(args, key):
             raise InputError(
@@ -226,7 +253,7 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
     by_encoder = {}
     known = [synset.settings for synset in synsets] + ([DEMO_DATA] if args.dataset == "demo" else [])
     for i, name in enumerate(names):
-        made_with = next((settings for settings in known if settings["image_encoder"] == name), {})
+        made_with = next((settings for settings in known if settings.get("image_encoder") == name), {})
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
         values |= {key: getattr(args, key) for key in OF_ENCODER if getattr(args, key) not in (None, {})}
         if checkpoints:
@@ -277,6 +304,7 @@ def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, resul
         "image_encoder": image_encoder,
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
+        "loss_type": synset.loss_type,
         "texts": args.texts,
         "results": results,
     }

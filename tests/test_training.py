@@ -264,6 +264,21 @@ def test_best_look_is_that_of_the_best_network_so_far(factory, batch, monkeypatc
     assert any(bests)  # the last look is not always the best
 
 
+def test_looks_go_over_all_phases(factory, batch):
+    """Two looks at two phases: after the first the network has trained on the first half of the pairs alone."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (20, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    retrieval = RetrievalSet(images, [""] * 20, torch.arange(20)), torch.randn(20, TEXT_DIM, generator=generator)
+    synset = make_synset(batch, phases=2)
+    sizes = 1, 3, 4, 5, SIZE, 0.07
+    for seed in range(30, 36):
+        (result,) = evaluate_synset(factory, synset, retrieval, *sizes, seed, looks=2)
+        model = factory.fresh(seed)
+        train_on_pairs(model, *(part[:3] for part in batch), 0.1, 0.2, 3, 4, 0.07, seed)
+        recalls = [evaluate_retrieval(model, *retrieval, 5, "cpu")["r_mean"], result["r_mean"]]
+        assert result["best_look_r_mean"] == max(recalls)
+
+
 def test_recall_table():
     rows = {"a": [dict.fromkeys(RECALLS, 1.0), dict.fromkeys(RECALLS, 2.0)], "b": [dict.fromkeys(RECALLS, 3.25)]}
     mean, std = mean_and_std(rows["a"])

@@ -1,4 +1,4 @@
-"""Sets as folders of pictures with their captions, for people and for other programs."""
+"""Sets for people and for other programs: folders of pictures with their captions, and files of other methods' form."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from data.errors import InputError
-from utils.files import save_tensors
+from utils.files import save_tensors, save_torch
 from utils.pictures import pixels_of
+from utils.released_sets import MEAN, STD
+from utils.scoring import fit_images
 from utils.synset import SynSet
 
 KIND = "texts and rates of exported pairs"
@@ -56,3 +58,26 @@ def _write_set(folder: Path, synset: SynSet) -> None:
     rates = {name: torch.tensor(getattr(synset, name)) for name in ("syn_lr_img", "syn_lr_txt")}
     named = {key: getattr(synset, key) for key in ("captions", "mean", "std", "settings")}
     save_tensors(folder / "texts.safetensors", {"text_syn": synset.text_syn, **rates}, {"kind": KIND, **named})
+
+
+def export_released(path: str | Path, synset: SynSet) -> None:
+    """Writes the set in the form that `utils.released_sets` reads, its pixels normalised as there.
+
+    Hard targets become a full similarity, the identity. The form has no captions, settings, loss or α.
+
+    Raises:
+        InputError: the set has phases, or the file cannot be written.
+    """
+    if synset.phases > 1:
+        raise InputError(f"{path} cannot be written: the form has no phases, and this set has {synset.phases}")
+    matrix = torch.eye(len(synset.captions)) if synset.targets is None else synset.targets
+    parts = synset.similarity or (matrix,)
+    stored = {
+        "image": fit_images(synset, synset.image_syn.shape[-1], MEAN, STD),
+        "text": synset.text_syn,
+        "similarity_params": list(parts),
+        "similarity_mat": matrix,
+        "syn_lr_img": torch.tensor(synset.syn_lr_img),
+        "syn_lr_txt": torch.tensor(synset.syn_lr_txt),
+    }
+    save_torch(path, stored)

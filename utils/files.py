@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all: safetensors with JSON in their metadata, text; background saving."""
+"""Files that are written whole or not at all: safetensors with JSON metadata, torch, text; saving in a thread."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,23 +23,30 @@ def _umask() -> int:
 UMASK = _umask()  # read once: to read it, it must be changed, which another thread could notice
 
 
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; what is written there takes its place at the end, unless that failed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Writes `tensors` and JSON-able `metadata` to `path` by way of a temporary name.
 
     Raises:
         InputError: the file cannot be written (disk full, no permission). What stood there before remains.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _replacing(path) as temporary:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
             temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
 
@@ -78,17 +86,24 @@ def save_text(path: str | Path, text: str) -> None:
     Raises:
         InputError: the file cannot be written. What stood there before remains.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); free some space or give another file") from error
+
+
+def save_torch(path: str | Path, stored) -> None:
+    """Writes what `torch.load` reads to `path` by way of a temporary name.
+
+    Raises:
+        InputError: the file cannot be written. What stood there before remains.
+    """
+    try:
+        with _replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(stored, file)
+    except (OSError, RuntimeError) as error:  # torch's writer fails with the second on a full disk
+        raise InputError(f"cannot write {path} ({error}); free some space or give another file") from error
 
 
 class BackgroundSaver:

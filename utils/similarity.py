@@ -36,4 +36,16 @@ def similarity_matrix(parts: tuple[Tensor, ...], alpha: float, rows: Tensor | No
     if len(parts) == 1:
         return parts[0] if rows is None else parts[0][rows[:, None], rows]
     diagonal, left, right = parts if rows is None else (part[rows] for part in parts)
-    return torch.diag(diagonal) + alpha / left.shape[1] * left @ right.T
+    return torch.diag(diagonal) + left @ right.T * alpha / left.shape[1]
+
+
+def similarity_misfit(similarity: tuple[Tensor, ...], num_pairs: int) -> str | None:
+    """What keeps the parts from being an S of `num_pairs` pairs."""
+    shapes = [tuple(part.shape) for part in similarity]
+    rank = shapes[-1][-1] if len(shapes) == 3 and len(shapes[-1]) == 2 else 0
+    expected = {0: [], 1: [(num_pairs,) * 2], 3: [(num_pairs,), (num_pairs, rank), (num_pairs, rank)]}
+    if shapes != expected.get(len(shapes)):
+        return f"its similarity has the shape {' '.join(map(str, shapes))} for {num_pairs} pairs"
+    if not all(part.is_floating_point() and torch.isfinite(part).all() for part in similarity):
+        return "its similarity is not made of finite floats"
+    return None

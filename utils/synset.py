@@ -9,7 +9,8 @@ import torch
 from data.errors import InputError
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
-from utils.similarity import PARTS, similarity_matrix, similarity_names
+from utils.released_sets import is_released, read_released
+from utils.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
 KIND = "set of pairs"
 TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
@@ -72,21 +73,21 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
 
 
 def load_synset(path: str | Path) -> SynSet:
-    """Reads a set.
+    """Reads a set: one of ours, or, by the ending .pt or .pth, one in the form that `utils.released_sets` reads.
 
     Raises:
         InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.
     """
-    handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
-    tensors = {name: handle.get_tensor(name) for name in TENSORS}
-    names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(handle.keys())), ())
-    similarity = tuple(handle.get_tensor(name) for name in names)
+    tensors, metadata = read_released(path) if is_released(path) else _read(path)
+    names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(tensors)), ())
+    similarity = tuple(tensors[name] for name in names)
     problem = _misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
     loss_type = metadata.get("loss_type", "InfoNCE")
     if not problem and loss_type not in LOSS_TYPES:
         problem = f"its loss_type is {loss_type} instead of one of {', '.join(LOSS_TYPES)}"
     if problem:
-        raise InputError(f"{KIND} {path} is not whole: {problem}; make it again")
+        advice = "give another file" if is_released(path) else "make it again"
+        raise InputError(f"{KIND} {path} is not whole: {problem}; {advice}")
     return SynSet(
         image_syn=tensors["image_syn"],
         text_syn=tensors["text_syn"],
@@ -105,16 +106,9 @@ def load_synset(path: str | Path) -> SynSet:
     )
 
 
-def similarity_misfit(similarity: tuple[torch.Tensor, ...], num_pairs: int) -> str | None:
-    """What keeps the parts from being an S of `num_pairs` pairs."""
-    shapes = [tuple(part.shape) for part in similarity]
-    rank = shapes[-1][-1] if len(shapes) == 3 and len(shapes[-1]) == 2 else 0
-    expected = {0: [], 1: [(num_pairs,) * 2], 3: [(num_pairs,), (num_pairs, rank), (num_pairs, rank)]}
-    if shapes != expected.get(len(shapes)):
-        return f"its similarity has the shape {' '.join(map(str, shapes))} for {num_pairs} pairs"
-    if not all(part.is_floating_point() and torch.isfinite(part).all() for part in similarity):
-        return "its similarity is not made of finite floats"
-    return None
+def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
+    return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118, a handle is no dict
 
 
 def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:

@@ -72,8 +72,9 @@ def write_table_page(path: Path, sets: list[Path], rows: list[dict], command: st
     context = _run_context(run, read_history(run / "metrics.jsonl") if run else History(), known)
     of_run = [file for file in sets if file.parent == run]
     main = loaded[of_run[0] if of_run else sets[0]]
+    dataset = main.settings.get("dataset", "an unnamed dataset")
     context |= {
-        "title": f"{len(sets)} {'set' if len(sets) == 1 else 'sets'} of pairs from {main.settings.get('dataset')}",
+        "title": f"{len(sets)} {'set' if len(sets) == 1 else 'sets'} of pairs from {dataset}",
         "about": _name(of_run[0], main.settings) if of_run and len(sets) > 1 else None,
         "command": command,
         "folder": None,

@@ -1,8 +1,9 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, `rates` and `texts`, how its texts were made ("learned", "nearest"), and `looks`
-if the best of some looks at the test split is among its numbers; that of all data has `experts` and their `epochs`.
+network. A set's row also has `pairs`, `rates`, `loss_type` and `texts`, how its texts were made ("learned", "nearest"),
+and `looks` if the best of some looks at the test split is among its numbers; that of all data has `experts` and their
+`epochs`.
 """
 
 import statistics
@@ -96,7 +97,8 @@ def _names(rows: list[dict]) -> dict[str, str]:
 
 
 def _made(row: dict) -> str:
-    return row["method"] if row["texts"] == "learned" else f"{row['method']}, {row['texts']} captions"
+    loss = [] if row["loss_type"] == "InfoNCE" else [row["loss_type"]]
+    return ", ".join([row["method"], *loss, *([] if row["texts"] == "learned" else [f"{row['texts']} captions"])])
 
 
 def _count(number: int, noun: str) -> str:
