@@ -217,7 +217,7 @@ class Distillation:
         settings = {**vars(args), **training}
         start = trained_parameters(model)
         experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
-        check_epochs(experts, args.phases - 1 + args.max_start_epoch, args.expert_epochs, args.shortcut)
+        check_epochs(experts, args.max_start_epoch, args.expert_epochs, args.phases, args.shortcut)
         ways = [Shortcut(expert, args.shortcut) for expert in experts] if args.shortcut else experts
 
         # The real pairs, and the synthetic ones.

@@ -172,25 +172,29 @@ def find_trajectories(
     raise InputError(f"no expert found in --buffer_path (tried {tried}); run buffer.py with the same encoders first")
 
 
-def check_epochs(experts, max_start_epoch: int, expert_epochs: int, shortcut: int | None = None) -> None:
+def check_epochs(
+    experts, max_start_epoch: int, expert_epochs: int, phases: int = 1, shortcut: int | None = None
+) -> None:
     """Raises InputError if an expert lacks a snapshot that matching reads.
 
     Args:
+        phases: see `utils.phases`; each starts an epoch later than the one before it.
         shortcut: last epoch of the `Shortcut` of the experts that is matched, if one is.
     """
-    last = max_start_epoch - 1 + expert_epochs
+    starts = phases - 1 + max_start_epoch
+    last = starts - 1 + expert_epochs
     if shortcut is not None and last > shortcut:
         raise InputError(f"--shortcut {shortcut} ends before epoch {last}, which students are to reach; give {last}")
-    needed = {*range(max_start_epoch), *range(expert_epochs, last + 1), *range(shortcut + 1 if shortcut else 0)}
+    needed = {*range(starts), *range(expert_epochs, last + 1), *range(shortcut + 1 if shortcut else 0)}
     for expert in experts:
         missing = sorted(needed - set(expert.epochs))
         if missing:
-            straight = f" and --shortcut {shortcut}" if shortcut else ""
+            given = {"expert_epochs": expert_epochs, "phases": phases if phases > 1 else None, "shortcut": shortcut}
+            flags = ", ".join(f"--{name} {value}" for name, value in given.items() if value)
             missing, kept = (", ".join(map(str, epochs)) for epochs in (missing, expert.epochs))
             raise InputError(
-                f"{expert.path} lacks the snapshots of epochs {missing} that starts below epoch {max_start_epoch} with "
-                f"--expert_epochs {expert_epochs}{straight} read (it has {kept}); lower --max_start_epoch or one of "
-                f"them, or train experts with --keep_epochs {max(needed)}"
+                f"{expert.path} lacks the snapshots of epochs {missing} that --max_start_epoch {max_start_epoch} with "
+                f"{flags} reads (it has {kept}); lower one of them, or train experts with --keep_epochs {max(needed)}"
             )
 
 
