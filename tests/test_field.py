@@ -72,8 +72,8 @@ def test_recipes_start_from_the_same_real_pairs(table):
 def test_finished_cells_are_kept(table, calls):
     table(*ONE)
     calls.clear()
-    output = table("--recipes", "lors", "heads", "--gradients", "exact", "TESLA", "--seeds", "0", "--tesla_pairs", "6")
-    assert calls.count("evaluate.py") == 2  # of TESLA's gradient alone
+    output = table("--recipes", "heads", "--gradients", "exact", "TESLA", "--seeds", "0", "--tesla_pairs", "6")
+    assert calls.count("evaluate.py") == 1  # of TESLA's gradient alone
     settings = load_synset(output / "heads_TESLA_6_0/run/last.safetensors").settings
     assert settings["adjoint_decay"] == 0 and settings["optimizer"] == "adam"
 
