@@ -5,6 +5,7 @@ of a frozen text encoder. Its parameters before training and after each epoch ar
 --keep_epochs stores what matching reads.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
-from utils import cli
-from utils.experts import SNAPSHOT_TYPES, Trajectory, buffer_folder, expert_path, save_trajectory
+from utils import cli, ranks
+from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
-from utils.log import Log
+from utils.log import open_log
 from utils.scoring import device_batches, embedded_once, evaluate_retrieval, train_epochs
 from utils.setup import (
     describe_training,
@@ -94,38 +95,85 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     folder = buffer_folder(args.buffer_path, vars(args))
-    missing = missing_experts(folder, args)
+    missing = ranks.gather(missing_experts(folder, args))[0]
     if not missing:
         print(f"all {args.num_experts} experts are in {folder}")
         return
 
     find_device(args)
-    train_split, val_split = find_split(args, "train"), find_split(args, "val")
-    text_encoder = make_text_encoder(args)
-    factory = make_factory(args, text_encoder.width)
-    pairs, text_embed = training_pairs(args, train_split, text_encoder)
-    validation = embedded_once(retrieval_pairs(args, val_split, text_encoder), factory, args.batch_size_test)
+    with ranks.first_goes_first():
+        train_split, val_split = find_split(args, "train"), find_split(args, "val")
+        text_encoder = make_text_encoder(args)
+        factory = make_factory(args, text_encoder.width)
+        pairs, text_embed = training_pairs(args, train_split, text_encoder)
+        validation = retrieval_pairs(args, val_split, text_encoder)
     del text_encoder
+    validation = embedded_once(validation, factory, args.batch_size_test)
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
 
     loader_of, augment = expert_loader(args, pairs, factory)
     training = describe_training(factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
-    log = Log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
+    log = open_log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
     log(training, step=missing[0] * args.train_epochs)
     shares_start = factory.starts_pretrained and factory.lora is None
-    with BackgroundSaver() as saver:  # an expert is written while the next one trains
-        for n in missing:
-            seed = args.seed + n
-            torch.manual_seed(seed)
-            model = factory.fresh(seed)
-            snapshots, recalls = train_expert(
-                model, loader_of(seed), text_embed, augment, validation, n, args, log, saver
-            )
-            trajectory = list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
-            saver.submit(save_expert, expert_path(folder, n), *trajectory)
+
+    def train(n: int, on_epoch) -> tuple:
+        seed = args.seed + n
+        torch.manual_seed(seed)
+        model = factory.fresh(seed)
+        snapshots, recalls = train_expert(model, loader_of(seed), text_embed, augment, validation, n, args, on_epoch)
+        return list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
+
+    for line in train_missing(missing, folder, train, functools.partial(report_epoch, log, args.train_epochs)):
+        print(line)
     log.finish()
     print(describe_experts(folder, args.num_experts))
+
+
+def train_missing(missing: list[int], folder: Path, train, report) -> list[str]:
+    """Trains and saves experts, in rounds of one for each rank; returns lines on those that another launch trains.
+
+    Args:
+        train: (number, function to call with (number, epoch, its numbers by name)) -> the trajectory to save.
+        report: takes what `train` tells, on rank 0: in one process at once, of several after the round, in order.
+    """
+    waiting, found = iter(missing), True
+    with ExpertLocks() as locks, BackgroundSaver() as saver:  # an expert is written while the next one trains
+
+        def save(path: Path, *trajectory) -> None:
+            save_trajectory(path, *trajectory)
+            locks.release(path)
+            print(f"saved {path}")
+
+        while found:
+            told = []
+
+            def on_epoch(*numbers, told=told) -> None:
+                saver.check()
+                if ranks.count() == 1:
+                    report(*numbers)
+                else:
+                    told.append(numbers)
+
+            n = next((n for n in waiting if locks.take(expert_path(folder, n))), None)
+            if n is not None:
+                saver.submit(save, expert_path(folder, n), *train(n, on_epoch))
+            trained = ranks.gather((n, told))
+            found = any(n is not None for n, _ in trained)
+            for _, numbers_of_one in sorted(trained, key=lambda one: one[1][:1]):
+                for numbers in numbers_of_one:
+                    report(*numbers)
+    ranks.wait()  # until all are saved
+    return [line for path, line in locks.elsewhere.items() if not path.exists()]
+
+
+def report_epoch(log, epochs: int, n: int, epoch: int, values: dict) -> None:
+    log(values, step=n * epochs + epoch - 1)
+    print(
+        f"expert {n} epoch {epoch}/{epochs}: loss {values['train_loss']:.3f}, validation "
+        f"TR@1 {values['txt_r1']:.1f} IR@1 {values['img_r1']:.1f} mean {values['r_mean']:.1f}"
+    )
 
 
 def kept_epochs(args) -> list[int]:
@@ -136,14 +184,12 @@ def kept_epochs(args) -> list[int]:
     return sorted({*range(last + 1), args.train_epochs})
 
 
-def save_expert(path: Path, *trajectory) -> None:
-    save_trajectory(path, *trajectory)
-    print(f"saved {path}")
-
-
 def describe_experts(folder: Path, count: int) -> str:
     """What is in the folder, how good after the last epoch, and where the numbers are."""
-    recalls = [Trajectory(expert_path(folder, n)).recalls for n in range(count)]
+    paths = [path for path in (expert_path(folder, n) for n in range(count)) if path.exists()]
+    if not paths:
+        return f"no expert in {folder} yet"
+    recalls, count = [Trajectory(path).recalls for path in paths], len(paths)
     last = sorted(recall[-1]["r_mean"] for recall in recalls)
     span = f"{last[0]:.1f}" if count == 1 else f"{last[0]:.1f} to {last[-1]:.1f}"
     experts, epochs = (f"{n} {noun}{'s' * (n > 1)}" for n, noun in ((count, "expert"), (len(recalls[0]), "epoch")))
@@ -180,15 +226,17 @@ def missing_experts(folder: Path, args) -> list[int]:
     return missing
 
 
-def train_expert(model, loader, text_embed, augment, validation, n, args, log, saver):
+def train_expert(model, loader, text_embed, augment, validation, n, args, on_epoch):
     """Trains one expert; returns its snapshots (CPU copies) by epoch and its validation recalls after each.
 
-    Raises InputError if the loss is not finite, or as soon as `saver` could not write the expert before.
+    `on_epoch` is called with the expert's number, the epoch and its numbers. Raises InputError if the loss is not
+    finite.
     """
     device, kept = find_device(args), set(kept_epochs(args))
 
     def batches(epoch):
-        bar = tqdm(loader, desc=f"expert {n} epoch {epoch}/{args.train_epochs}", leave=False, disable=None)
+        title = f"expert {n} epoch {epoch}/{args.train_epochs}"
+        bar = tqdm(loader, desc=title, leave=False, disable=None, position=ranks.rank())
         return device_batches(bar, text_embed, model.image_encoder, device, augment)
 
     snapshots, recalls = {0: snapshot(model)}, []
@@ -197,12 +245,7 @@ def train_expert(model, loader, text_embed, augment, validation, n, args, log, s
             snapshots[epoch] = snapshot(model)
         recall = evaluate_retrieval(model, *validation, args.batch_size_test, device)
         recalls.append(recall)
-        log({"train_loss": loss, "train_acc": accuracy, **recall}, step=n * args.train_epochs + epoch - 1)
-        print(
-            f"expert {n} epoch {epoch}/{args.train_epochs}: loss {loss:.3f}, validation "
-            f"TR@1 {recall['txt_r1']:.1f} IR@1 {recall['img_r1']:.1f} mean {recall['r_mean']:.1f}"
-        )
-        saver.check()
+        on_epoch(n, epoch, {"train_loss": loss, "train_acc": accuracy, **recall})
     return snapshots, recalls
 
 

@@ -15,7 +15,7 @@ import torch
 from data.errors import InputError
 from data.pairs import load_images
 from data.transforms import normalize
-from utils import cli
+from utils import cli, ranks
 from utils.pictures import picture_grid
 from utils.scoring import (
     ForgettingCounter,
@@ -82,12 +82,21 @@ def main(argv=None):
     device = find_device(args)
 
     # The real pairs and the encoders.
-    records, paths = find_split(args, "train")
-    check_num_queries(args.num_queries, len(paths))
-    text_encoder = make_text_encoder(args)
-    factory = make_factory(args, text_encoder.width)
-    real, real_embed = training_pairs(args, (records, paths), text_encoder)
+    with ranks.first_goes_first():
+        records, paths = find_split(args, "train")
+        check_num_queries(args.num_queries, len(paths))
+        text_encoder = make_text_encoder(args)
+        factory = make_factory(args, text_encoder.width)
+        real, real_embed = training_pairs(args, (records, paths), text_encoder)
     del text_encoder
+
+    # Features of pictures are all ranks' work, the rest is that of the first.
+    if args.method == "forgetting":
+        loader = expert_loader(args, real, factory)[0](args.seed)
+    elif args.method != "random":
+        features = encoder_features(args, args.features, real, real_embed, factory.encoder, device)
+    if not ranks.is_first():
+        return
 
     # The choice.
     generator = torch.Generator().manual_seed(args.seed)
@@ -95,12 +104,11 @@ def main(argv=None):
         rows = random_rows(real.row_to_image, args.num_queries, generator)
         scores = [0.0] * len(rows)
     elif args.method == "forgetting":
-        forgotten = count_forgetting(real, real_embed, factory, args, device)
+        forgotten = count_forgetting(loader, real, real_embed, factory, args, device)
         rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
     else:
         by_name = {"herding": herding, "kcenter": kcenter, "kmeans": functools.partial(kmeans, generator=generator)}
         choose = by_name[args.method]
-        features = encoder_features(args, args.features, real, real_embed, factory.encoder, device)
         rows, scores = choose(features, real.row_to_image, args.num_queries)
 
     # The set.
@@ -123,10 +131,9 @@ def check_flags(args) -> None:
         check_encoder_features(args, f"--features {args.features}", " or use --features text")
 
 
-def count_forgetting(real, real_embed, factory, args, device):
+def count_forgetting(loader, real, real_embed, factory, args, device):
     """Trains one expert as buffer.py does; returns each pair's forgetting events [rows]."""
     torch.manual_seed(args.seed)
-    loader = expert_loader(args, real, factory)[0](args.seed)
     model = factory.fresh(args.seed)
     counter = ForgettingCounter(real.row_to_image)
 

@@ -15,7 +15,7 @@ from data.errors import InputError
 from data.text_cache import embed_captions
 from networks.clip_model import trained_parameters
 from networks.loss import LOSS_TYPES
-from utils import cli
+from utils import cli, ranks
 from utils.experts import LORA, find_trajectories
 from utils.export import export_released, export_sets
 from utils.files import save_text
@@ -140,7 +140,8 @@ def main(argv=None):
         check_installed()
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
     if args.export or args.export_pt:
-        export(synsets, args)
+        if ranks.is_first():
+            export(synsets, args)
         return
     if args.looks:
         look_epochs(args.epoch_eval_train, args.looks)  # refuses too many
@@ -149,15 +150,16 @@ def main(argv=None):
     by_encoder = encoder_args(args, list(synsets.values()))
 
     # What all rows share: pictures are decoded and captions embedded once.
-    splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
-    text_encoder = make_text_encoder(args)
-    text_dim = text_encoder.width
-    if args.texts == "nearest":
-        synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
-    for path, synset in synsets.items():
-        check_width(path, synset, text_dim, args)
-    test = retrieval_pairs(args, splits["test"], text_encoder)
-    validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
+    with ranks.first_goes_first():
+        splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
+        text_encoder = make_text_encoder(args)
+        text_dim = text_encoder.width
+        if args.texts == "nearest":
+            synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
+        for path, synset in synsets.items():
+            check_width(path, synset, text_dim, args)
+        test = retrieval_pairs(args, splits["test"], text_encoder)
+        validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
     del text_encoder
 
     rows = []
@@ -177,6 +179,8 @@ def main(argv=None):
             if row:
                 rows.append(row)
                 announce(row)
+    if not ranks.is_first():
+        return
     write_tables(rows, args)
     if args.report:
         command = shlex.join(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
@@ -268,7 +272,8 @@ def tuned(synset: SynSet, validation, factory, args) -> SynSet:
     rates = [(synset.syn_lr_img, synset.syn_lr_txt)]
     rates += [(lr_img, lr_txt) for lr_img in args.grid_img for lr_txt in args.grid_txt]
     candidates = [replace(synset, syn_lr_img=lr_img, syn_lr_txt=lr_txt) for lr_img, lr_txt in rates]
-    return max(candidates, key=lambda c: score(c, validation, 1, VALIDATION_SEED, factory, args)[0]["r_mean"])
+    results = ranks.spread(lambda c: score(c, validation, 1, VALIDATION_SEED, factory, args)[0]["r_mean"], candidates)
+    return candidates[results.index(max(results))]
 
 
 def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args) -> list[dict]:
@@ -287,10 +292,12 @@ def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
             raise
         print(f"no all-data row for {args.image_encoder}: {error}")
         return None
-    results = []
-    for expert in experts:
+
+    def score_expert(expert) -> dict[str, float]:
         model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
-        results.append(evaluate_retrieval(model, *test, args.batch_size_test, device))
+        return evaluate_retrieval(model, *test, args.batch_size_test, device)
+
+    results = ranks.spread(score_expert, experts)
     names = {"set": ALL_DATA, "method": ALL_DATA, "image_encoder": args.image_encoder, "trains": factory.trains}
     epochs = max(expert.epochs[-1] for expert in experts)
     return {**names, "experts": len(experts), "epochs": epochs, "results": results}

@@ -137,22 +137,29 @@ def _flatten_captions(records):
 
 
 def pair_loader(
-    dataset: PairDataset, batch_size: int, seed: int, num_workers: int, drop_last: bool = False
+    dataset: PairDataset,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    drop_last: bool = False,
+    batches: range | None = None,
 ) -> "PairLoader":
     """Shuffled batches (images uint8 [B, 3, H, W], rows int64 [B]), in another order each epoch.
 
     Order and augmentation depend on `seed` and on how many epochs came before, not on `num_workers`;
     the process's own random state stays as it is. Iterating raises InputError at an unreadable picture.
+    With `batches`, only those of these numbers in an epoch's order.
     """
-    return PairLoader(dataset, batch_size, seed, num_workers, drop_last)
+    rows = None if batches is None else slice(batches.start * batch_size, batches.stop * batch_size)
+    return PairLoader(dataset, batch_size, seed, num_workers, drop_last, rows)
 
 
 class PairLoader:
     """See `pair_loader`. `epoch` is the number of the next epoch, from 0; set it to resume."""
 
-    def __init__(self, dataset, batch_size, seed, num_workers, drop_last):
+    def __init__(self, dataset, batch_size, seed, num_workers, drop_last, rows):
         self.epoch = 0
-        self.sampler = _SeededSampler(len(dataset), seed)
+        self.sampler = _SeededSampler(len(dataset), seed, rows or slice(None))
         self.loader = DataLoader(
             _SeededItems(dataset),
             batch_size,
@@ -181,19 +188,20 @@ class PairLoader:
 class _SeededSampler(Sampler):
     """Yields (row, seed of its augmentation), so that it does not matter which worker takes the row."""
 
-    def __init__(self, rows: int, seed: int):
+    def __init__(self, rows: int, seed: int, part: slice):
         self.rows = rows
         self.seed = seed
+        self.part = part  # of the order
         self.epoch = 0
 
     def __len__(self):
-        return self.rows
+        return len(range(self.rows)[self.part])
 
     def __iter__(self):
         generator = epoch_generator(self.seed, self.epoch)
         order = torch.randperm(self.rows, generator=generator)
         seeds = torch.randint(2**32, (self.rows,), generator=generator)
-        return zip(order.tolist(), seeds.tolist(), strict=True)
+        return zip(order[self.part].tolist(), seeds[self.part].tolist(), strict=True)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

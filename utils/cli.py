@@ -13,6 +13,7 @@ import torch
 
 from data.errors import InputError
 from networks.lora import ALSO_TRAIN
+from utils import ranks
 from utils.recipes import OUTER_RATES, RECIPES, recipe_defaults
 
 # Accepted by the released scripts and used by none of them.
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        sys.exit(ranks.fail(f"{self.prog}: error: {message}", 2))
 
     def add_bool(self, name: str, default: bool, help: str):
         """--name, --name True, --name=false, --no_name."""
@@ -234,30 +235,28 @@ def add_log_flags(parser: Parser) -> None:
 
 
 def one_line_errors(main):
-    """Turns an error that is the user's to mend into one line and exit code 2."""
+    """Joins the ranks, and turns an error that is the user's to mend into one line and exit code 2."""
 
     @functools.wraps(main)
     def guarded(argv=None) -> int:
         try:
+            ranks.start()
             main(argv)
+            ranks.end()
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return ranks.fail(f"error: {error}", 2)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            print(f"error: the disk is full ({error}); free some space", file=sys.stderr)
-            return 2
+            return ranks.fail(f"error: the disk is full ({error}); free some space", 2)
         except torch.cuda.OutOfMemoryError:
-            print(
+            return ranks.fail(
                 "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --pair_chunk (distill.py), "
                 "--batch_train (evaluation) or --image_size",
-                file=sys.stderr,
+                2,
             )
-            return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            return ranks.fail("interrupted", 130)
         return 0
 
     return guarded

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.errors import InputError
+from utils import ranks
 
 ID_FILE = "wandb_run_id"
 PROJECT = "DatasetDistillation"
@@ -90,6 +91,27 @@ class Log:
                 # One folder for each start of the run; wandb sync takes those of one id in order of their start.
                 folders = sorted(self.folder.glob(f"wandb/offline-run-*-{self.run.id}"))
                 print(f"wandb ran offline; to upload: wandb sync {shlex.join(map(str, folders))}")
+
+
+class NoLog:
+    """A log that keeps nothing: that of all ranks but the first."""
+
+    def __call__(self, values: dict, step: int) -> None:
+        pass
+
+    def media(self, *_, **__) -> None:
+        pass
+
+    def final(self, *_) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def open_log(*arguments, **named) -> Log | NoLog:
+    """The run's log on rank 0, none on the others; the arguments are those of `Log`."""
+    return Log(*arguments, **named) if ranks.is_first() else NoLog()
 
 
 def _stored_id(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from networks.clip_model import CLIPModel, ModelFactory, count_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
+from utils import ranks
 from utils.matching import Pairs
 from utils.scoring import EmbedLoader, embed_images, embed_views, kmeans, pair_features, random_rows
 from utils.similarity import initial_similarity
@@ -33,7 +34,7 @@ from utils.synset import SynSet, load_synset
 def find_device(args) -> torch.device:
     """The device of --device. Raises InputError if it is not there."""
     try:
-        device = torch.device(args.device)
+        device = ranks.device(args.device)
         torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]})") from error
@@ -87,7 +88,8 @@ def use_image_cache(dataset: PairDataset, args) -> Augment | None:
 
     On a CPU the loader's workers augment. See `data.image_cache` for the errors.
     """
-    dataset.cache = cache_images(dataset.paths, cached_side(args.image_size, args.no_aug), args.cache_dir)
+    with ranks.first_goes_first():
+        dataset.cache = cache_images(dataset.paths, cached_side(args.image_size, args.no_aug), args.cache_dir)
     augment = None if args.no_aug else Augment(args.image_size)
     on_device = augment is not None and augments_on(find_device(args))
     dataset.transform = _as_it_is if augment is None or on_device else augment.one

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.errors import InputError
+from utils import ranks
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import train_on_pairs
 from utils.synset import SynSet
@@ -49,13 +50,14 @@ def evaluate_synset(
     on_model: Callable | None = None,
     looks: int = 0,
 ) -> list[dict[str, float]]:
-    """Recalls of `num_eval` fresh models, each trained on the set alone with the set's rates.
+    """Recalls of `num_eval` fresh models, each trained on the set alone with the set's rates, shared by the ranks.
 
     Args:
         factory: `ModelFactory` of the encoders to train.
         retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on, see also `embedded_once`.
         seed: model k starts from seed + k.
-        on_model: called with each trained model; the next one takes its storage.
+        on_model: called with each model that this rank trains; the next one takes its storage. The last one is
+            rank 0's.
         looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
             numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
     """
@@ -68,26 +70,22 @@ def evaluate_synset(
         images = _embedded(factory.fresh(seed), images, batch_size_test)
     rates = synset.syn_lr_img, synset.syn_lr_txt
 
-    def train_and_look(model, seed):
-        seen = []
+    def train_and_look(k: int) -> dict[str, float]:
+        model, seen = factory.fresh(seed + k), []
 
         def look(epoch):
             if epoch in at_epochs:
                 seen.append(evaluate_retrieval(model, *retrieval, batch_size_test, factory.device))
 
-        length = epochs, batch_size, temperature, seed
+        length = epochs, batch_size, temperature, seed + k
         how = synset.loss_type, targets, synset.phases
         loss = train_on_pairs(model, images, text_embed, *rates, *length, *how, look)
+        if on_model is not None:
+            on_model(model)
         best = max(seen, key=lambda recall: recall["r_mean"]) if looks else {}
         return {**seen[-1], "train_loss": loss, **{BEST_LOOK + key: value for key, value in best.items()}}
 
-    results = []
-    for k in range(num_eval):
-        model = factory.fresh(seed + k)
-        results.append(train_and_look(model, seed + k))
-        if on_model is not None:
-            on_model(model)
-    return results
+    return ranks.spread(train_and_look, range(num_eval))
 
 
 @torch.no_grad()

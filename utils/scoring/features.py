@@ -1,4 +1,7 @@
-"""Features of pretrained image encoders, cached like the caption embeddings: for coresets and frozen towers."""
+"""Features of pretrained image encoders, cached like the caption embeddings: for coresets and frozen towers.
+
+Ranks share the work by whole batches, so the numbers are those of one process.
+"""
 
 import hashlib
 from pathlib import Path
@@ -11,10 +14,10 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.pairs import PictureViews, epoch_generator, load_images, pair_loader
 from data.transforms import normalize, train_transform
+from utils import ranks
 from utils.files import open_tensors, save_tensors
 
 KIND = "image features"
-BLOCK = 512  # pictures in memory at once
 VIEW_SEED = 0  # of the augmented views
 
 
@@ -76,14 +79,16 @@ def embed_views(
 
 def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
     path = Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
-    if path.exists():
+    if ranks.gather(path.exists())[0]:
         try:
             return open_tensors(path, KIND, tensors=("image_embed",))[0].get_tensor("image_embed")
         except InputError as error:
             print(f"making the image features anew: {error}")
     image_embed = make()
+    ranks.add_up([image_embed])()
     try:
-        save_tensors(path, {"image_embed": image_embed}, {"kind": KIND})
+        if ranks.is_first():
+            save_tensors(path, {"image_embed": image_embed}, {"kind": KIND})
     except InputError as error:
         print(f"warning: image features not cached: {error}")
     return image_embed
@@ -91,26 +96,27 @@ def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
 
 @torch.no_grad()
 def _encode(paths, encoder, image_size, batch_size, device) -> Tensor:
+    """Features [P, D_img], 0 for pictures that fall to other ranks."""
     was_training = encoder.training
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
-    image_embed = torch.empty(len(paths), encoder.width)
-    for first in tqdm(range(0, len(paths), BLOCK), desc="image features", leave=False, disable=None):
-        images = load_images(paths[first : first + BLOCK], image_size)  # [B, 3, H, W]
-        features = [
-            encoder(normalize(batch.to(device), encoder.mean, encoder.std)).float().cpu()
-            for batch in images.split(batch_size)
-        ]
-        image_embed[first : first + len(images)] = torch.cat(features)
+    image_embed = torch.zeros(len(paths), encoder.width)
+    own = ranks.share_of(-(-len(paths) // batch_size))
+    for batch in tqdm(own, desc="image features", leave=False, disable=None, position=ranks.rank()):
+        rows = slice(batch * batch_size, (batch + 1) * batch_size)
+        images = normalize(load_images(paths[rows], image_size).to(device), encoder.mean, encoder.std)
+        image_embed[rows] = encoder(images).float().cpu()
     encoder.train(was_training)
     return image_embed
 
 
 @torch.no_grad()
 def _encode_views(dataset: PictureViews, encoder, batch_size, num_workers, device) -> Tensor:
+    """Features [V * P, D_img], 0 for views that fall to other ranks."""
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
-    image_embed = torch.empty(len(dataset), encoder.width)
-    loader = pair_loader(dataset, batch_size, VIEW_SEED, num_workers)
-    for images, items in tqdm(loader, desc="features of views", leave=False, disable=None):
+    image_embed = torch.zeros(len(dataset), encoder.width)
+    own = ranks.share_of(-(-len(dataset) // batch_size))
+    loader = pair_loader(dataset, batch_size, VIEW_SEED, num_workers, batches=own)
+    for images, items in tqdm(loader, desc="features of views", leave=False, disable=None, position=ranks.rank()):
         pixels = normalize(images.to(device), encoder.mean, encoder.std)
         image_embed[items] = encoder(pixels.contiguous(memory_format=torch.channels_last)).float().cpu()
     return image_embed
