@@ -1,0 +1,265 @@
+"""Two processes over gloo against one: ranks, buffer.py, evaluate.py, coreset.py, and how all of them end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import buffer
+import coreset
+import evaluate
+from data.errors import InputError
+from tests.conftest import QUICK_BUFFER
+from tests.processes import Ranks, run_ranks
+from utils import cli, ranks
+from utils.experts import ExpertLocks, Trajectory
+from utils.synset import load_synset
+
+FOLDER = "tiny/test_nfnet/demo"
+
+
+def of_one_and_of_two(folder, target, *argv):
+    """Runs a script alone and as two ranks, {} in `argv` being a folder of each; what both printed."""
+    printed = []
+    for count in (1, 2):
+        own = [argument.replace("{}", str(folder / str(count))) for argument in map(str, argv)]
+        ended = run_ranks(folder / f"printed_{count}", count, target, own)
+        assert [end.code for end in ended] == [0] * count, "".join(end.err for end in ended)
+        assert all(end.out == "" for end in ended[1:])
+        printed.append(ended[0].out.replace(str(folder / str(count)), "{}"))
+    return printed
+
+
+# ---- the group
+
+
+def exchange():
+    ranks.start()
+    rank = ranks.rank()
+    assert (ranks.count(), ranks.is_first()) == (2, rank == 0)
+    assert ranks.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    made = ranks.spread(lambda item: (item, rank, ranks.count()), "abcde")
+    assert made == [("a", 0, 1), ("b", 1, 1), ("c", 0, 1), ("d", 1, 1), ("e", 0, 1)]
+    assert [list(ranks.share_of(5, r)) for r in range(2)] == [[0, 1], [2, 3, 4]]
+    rows = torch.arange(10.0).view(5, 2)
+    own = rows[ranks.share_of(5).start : ranks.share_of(5).stop]
+    assert torch.equal(ranks.gather_rows(own, [2, 3]), rows)
+    assert torch.equal(ranks.gather_rows(rows[:1] if rank else rows[:0], [0, 1]), rows[:1])
+    image, number = torch.full((2, 3, 2, 2), 1.0 + rank).to(memory_format=torch.channels_last), torch.tensor(2.0)
+    ranks.add_up([image, number])()
+    assert (image == 3).all() and number == 4
+    with ranks.alone():
+        assert ranks.count() == 1 and ranks.gather(rank) == [rank]
+    print("seen by the first")
+    ranks.end()
+    return 0
+
+
+def test_what_ranks_exchange(tmp_path):
+    first, second = run_ranks(tmp_path, 2, exchange)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (first.out, second.out) == ("seen by the first\n", "")
+
+
+def test_without_torchrun_there_is_no_group(monkeypatch):
+    ranks.start()
+    assert not torch.distributed.is_initialized()
+    assert (ranks.count(), ranks.rank()) == (1, 0)
+    assert ranks.gather(5) == [5] and ranks.spread(abs, [-1, 2]) == [1, 2] and ranks.share_of(3) == range(3)
+
+
+def test_each_rank_has_its_own_card(monkeypatch):
+    monkeypatch.setattr(ranks, "_group", ranks._Group(1, 2, None))
+    with pytest.raises(InputError, match="--device cuda:0 is one card"):
+        ranks.device("cuda:0")
+    assert ranks.device("cpu") == torch.device("cpu")
+
+
+# ---- how they end
+
+
+def end_with(how):
+    @cli.one_line_errors
+    def main(argv):
+        assert ranks.gather(0) == [0, 0]
+        if how == "all":
+            raise InputError("bad; mend it")
+        if ranks.rank() == 1:
+            if how == "one":
+                raise InputError("bad; mend it")
+            os.kill(os.getpid(), how)
+        ranks.wait()
+
+    return main(None)
+
+
+@pytest.mark.parametrize(
+    ("how", "codes", "line"),
+    [
+        ("one", [2, 2], "error: bad; mend it"),
+        ("all", [2, 2], "error: bad; mend it"),
+        (signal.SIGKILL, [2, -signal.SIGKILL], "error: a rank was lost"),
+        (signal.SIGTERM, [2, 2], "error: a rank was lost"),
+        (signal.SIGINT, [2, 130], "interrupted"),
+    ],
+)
+def test_all_end_with_one_line(how, codes, line, tmp_path):
+    started = time.monotonic()
+    ended = run_ranks(tmp_path, 2, end_with, how)
+    assert [end.code for end in ended] == codes
+    (said,) = "".join(end.err for end in ended).splitlines()
+    assert said.startswith(line)
+    assert time.monotonic() - started < 20
+
+
+def test_a_wrong_flag_is_one_line(tmp_path):
+    ended = run_ranks(tmp_path, 2, buffer.main, ["--num_expert", "1"])
+    assert [end.code for end in ended] == [2, 2]
+    assert sum(end.err.count("--num_experts") for end in ended) == 1
+
+
+SCRIPT = """
+import sys
+from data.errors import InputError
+from utils import cli, ranks
+
+@cli.one_line_errors
+def main(argv=None):
+    print(ranks.gather(ranks.rank()))
+    if ranks.rank() == 1:
+        raise InputError("bad; mend it")
+    ranks.wait()
+
+sys.exit(main())
+"""
+
+
+def test_torchrun_itself(tmp_path):
+    """It tells in its own words how a rank ended, and exits with 1."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "script.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(buffer.__file__).parent), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.stdout == "[0, 1]\n"
+    assert re.findall("^error: .*", ended.stderr, re.MULTILINE) == ["error: bad; mend it"]
+    assert re.search(r"exitcode +: 2 ", ended.stderr) and ended.returncode == 1
+
+
+# ---- buffer.py
+
+
+def test_experts_are_those_of_one_process(tiny_argv, tmp_path):
+    argv = [*tiny_argv, *QUICK_BUFFER, "--train_epochs", 1, "--num_experts", 3, "--buffer_path", "{}"]
+    printed = of_one_and_of_two(tmp_path, buffer.main, *argv)
+    assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]
+    folders = [tmp_path / str(count) / FOLDER for count in (1, 2)]
+    assert len(set(os.listdir(folders[0]))) == 5 and set(os.listdir(folders[0])) == set(os.listdir(folders[1]))
+    for n in range(3):
+        one, two = (Trajectory(folder / f"expert_00{n}.safetensors") for folder in folders)
+        assert one.recalls == two.recalls
+        for epoch in (0, 1):
+            left, right = one.snapshot(epoch), two.snapshot(epoch)
+            assert all(torch.equal(left[name], right[name]) for name in left)
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    for one, two in zip(*lines, strict=True):
+        assert one | {"Seconds": 0} == two | {"Seconds": 0}
+
+
+def test_features_of_views_are_those_of_one_process(tiny_argv, tmp_path):
+    heads = "--no_image_trainable", "--aug_views", 2, "--batch_size_test", 5, "--cache_dir", "{}"
+    argv = [*tiny_argv, *QUICK_BUFFER, *heads, "--train_epochs", 1, "--num_experts", 1, "--buffer_path", "{}"]
+    of_one_and_of_two(tmp_path, buffer.main, *argv)
+    one, two = (Trajectory(tmp_path / str(count) / FOLDER / "expert_000.safetensors") for count in (1, 2))
+    left, right = one.snapshot(1), two.snapshot(1)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_launches_train_no_expert_twice(tiny_argv, tmp_path):
+    argv = [
+        *tiny_argv,
+        *QUICK_BUFFER,
+        "--train_epochs",
+        "1",
+        "--num_experts",
+        "4",
+        "--buffer_path",
+        str(tmp_path / "b"),
+    ]
+    launches = [Ranks(tmp_path / str(i), 1, buffer.main, argv) for i in range(2)]
+    ended = [launch.end()[0] for launch in launches]
+    assert [end.code for end in ended] == [0, 0]
+    saved = [line for end in ended for line in end.out.splitlines() if line.startswith("saved")]
+    assert len(saved) == len(set(saved)) == 4
+    assert not list((tmp_path / "b").rglob("*.lock"))
+
+
+def test_a_lock_names_its_holder_and_is_given_back(tmp_path, capsys):
+    expert = tmp_path / "expert_000.safetensors"
+    with ExpertLocks() as locks, ExpertLocks() as others:
+        assert locks.take(expert)
+        holder = json.loads((tmp_path / "expert_000.lock").read_text())
+        assert holder == {"host": socket.gethostname(), "process": os.getpid()}
+        (tmp_path / "expert_000.lock").write_text(json.dumps(holder | {"process": os.getppid()}))
+        assert not others.take(expert)
+        assert f"process {os.getppid()} of {socket.gethostname()}" in others.elsewhere[expert]
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
+    expert.touch()
+    assert not ExpertLocks().take(expert) and os.listdir(tmp_path) == [expert.name]
+
+
+def test_a_stale_lock_is_taken_over_but_not_another_hosts(tmp_path, capsys):
+    expert, lock = tmp_path / "expert_000.safetensors", tmp_path / "expert_000.lock"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock.write_text(json.dumps({"host": "elsewhere", "process": gone.pid}))
+    locks = ExpertLocks()
+    assert not locks.take(expert) and "of elsewhere" in locks.elsewhere[expert]
+    lock.write_text(json.dumps({"host": socket.gethostname(), "process": gone.pid}))
+    assert locks.take(expert)
+    assert f"took over expert_000.safetensors from process {gone.pid}" in capsys.readouterr().out
+    assert json.loads(lock.read_text())["process"] == os.getpid()
+    lock.write_text("{")
+    with pytest.raises(InputError, match="is not a lock file"):
+        ExpertLocks().take(expert)
+
+
+def test_experts_of_another_launch_are_left_to_it(tiny_argv, tmp_path, capsys):
+    folder = tmp_path / FOLDER
+    folder.mkdir(parents=True)
+    (folder / "expert_001.lock").write_text(json.dumps({"host": "elsewhere", "process": 1}))
+    argv = [*tiny_argv, *QUICK_BUFFER, "--train_epochs", "1", "--num_experts", "2", "--buffer_path", str(tmp_path)]
+    assert buffer.main(argv) == 0
+    *_, left, closing = capsys.readouterr().out.splitlines()
+    assert left.startswith("expert_001.safetensors is being trained by process 1 of elsewhere")
+    assert closing.startswith("1 expert of 1 epoch")
+
+
+# ---- evaluate.py and coreset.py
+
+
+def test_the_table_is_that_of_one_process(straight, experts, tmp_path):
+    """Two candidates and their own rates, three networks, two experts."""
+    argv = ["--synset", straight / "best.safetensors", "--num_eval", 3, "--json", "{}.json", "--all_data", experts]
+    argv += ["--tune_rates", "--grid_img", 0.01, "--grid_txt", 0.1, 0.2]
+    one, two = of_one_and_of_two(tmp_path, evaluate.main, *argv)
+    assert one == two and one.count("\n| ") == 2 + 2
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+@pytest.mark.parametrize("method", ["herding", "forgetting"])
+def test_a_coreset_is_that_of_one_process(method, tiny_argv, tmp_path):
+    argv = [*tiny_argv, "--method", method, "--num_queries", 5, "--train_epochs", 2, "--batch_size_train", 30]
+    frozen = "--no_image_trainable", "--batch_size_test", 5, "--cache_dir", "{}"
+    of_one_and_of_two(tmp_path, coreset.main, *argv, *frozen, "--save_dir", "{}")
+    one, two = (tmp_path / str(count) / f"{method}_5.safetensors" for count in (1, 2))
+    one, two = load_synset(one), load_synset(two)
+    assert one.files == two.files and one.scores == two.scores
+    assert torch.equal(one.image_syn, two.image_syn)
