@@ -193,10 +193,25 @@ def add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
     def finish() -> None:
         with _lost_if_it_fails():
             work.wait()
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        _spread_out(flat, tensors)
 
     return finish
+
+
+def take_from_first(tensors: Sequence[Tensor]) -> None:
+    """Gives the tensors the values that they have on rank 0, where others may have computed them a bit differently."""
+    if count() == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    with _lost_if_it_fails():
+        dist.broadcast(flat, 0)
+    _group.bytes_sent += flat.nbytes
+    _spread_out(flat, tensors)
+
+
+def _spread_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
 
 
 def bytes_sent() -> int:

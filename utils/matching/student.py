@@ -1,6 +1,10 @@
 """The student: its loss, and the gradient of one of its steps and back through it, whole or in chunks of pairs.
 
 Notation as in utils/matching/sweep.py; besides U the image features, J = ∂U/∂θ of the image tower.
+
+Over ranks, each computes the image tower of its share of a step's pairs, and everything behind U for all of them.
+Forth, a step gathers U and sums the image tower's part of g_t; back, it gathers Jb and sums the image tower's part of
+λ_t while the next graph is built. What the pixels and the image rate get is summed once at the end.
 """
 
 from collections.abc import Sequence
@@ -11,7 +15,9 @@ from torch.func import functional_call
 
 from networks.clip_model import IMAGE_TOWER
 from networks.loss import pair_loss
+from utils import ranks
 from utils.matching.pairs import rows_on
+from utils.matching.share import Share
 from utils.similarity import similarity_matrix
 
 Parameters = dict[str, Tensor]
@@ -39,6 +45,16 @@ class StudentLoss:
         self.blend_alpha = blend_alpha
         trains = any(p.requires_grad for p in model.image_encoder.parameters())
         self.frozen_encoder = None if trains else model.embed_images
+        self.image_draws = None
+
+    def draws_on_images(self, params: Parameters, images: Tensor) -> bool:
+        """Whether the image tower draws random numbers (dropout), as it did for the first of `images` once."""
+        if self.image_draws is None:
+            state = _random_state(images.device)
+            with torch.random.fork_rng(), torch.no_grad():
+                self.encode_image(params, images[:1])
+                self.image_draws = not torch.equal(state, _random_state(images.device))
+        return self.image_draws
 
     def encode_image(self, params: Parameters, images: Tensor) -> Tensor:
         """Features [B, D] of images [B, 3, H, W], each a function of its own image alone."""
@@ -61,6 +77,10 @@ class StudentLoss:
         return self.of_features(params, self.encode_image(params, images), text_embed, targets)
 
 
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def blend(image_embed: Tensor, text_embed: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Rows [B, D] of both mixed with those of another order by one λ ~ Beta(α, α), see `StudentLoss`."""
     concentration = torch.full((), alpha, dtype=image_embed.dtype, device=image_embed.device)
@@ -79,20 +99,30 @@ class WholeSteps:
         batches: indices of each step's pairs.
         seed: of the random numbers; step t depends on `seed` and t alone.
         adjoint_decay: γ of `pull_back`.
+        unit: a rank's share of a step's pairs is of whole blocks of so many.
 
     Attributes:
-        grads: ∂L/∂ every tensor of the pairs, filled by `pull_back`.
+        grads: ∂L/∂ every tensor of the pairs, filled by `pull_back`; over ranks when `finish` has been called.
     """
 
     def __init__(
-        self, loss_fn, names: Sequence[str], pairs, batches: Sequence[Tensor], seed: int, adjoint_decay: float
+        self,
+        loss_fn,
+        names: Sequence[str],
+        pairs,
+        batches: Sequence[Tensor],
+        seed: int,
+        adjoint_decay: float,
+        unit: int = 1,
     ):
         self.loss_fn, self.pairs, self.seed, self.adjoint_decay = loss_fn, pairs, seed, adjoint_decay
+        self.shares = [Share(len(batch), unit) for batch in batches]
+        self.features = []  # U of each step [B, D], where it is wanted again
         self.batches = rows_on(pairs.image_syn.device, batches)
         self.is_image = [name.startswith(IMAGE_TOWER) for name in names]
         self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
         self.grads = [torch.zeros_like(tensor) for tensor in pairs.tensors()]
-        self.kept = None
+        self.kept, self.unsettled = None, None
 
     def gradient(self, step: int, params: Parameters) -> tuple[Tensor, list[Tensor]]:
         """ℓ and g_t at `params`."""
@@ -100,15 +130,29 @@ class WholeSteps:
         loss, grads, leaves = self._graph(step, params, create_graph=is_last)
         if is_last:
             self.kept = grads, leaves
-        return loss, [grad.detach() for grad in grads]
+        return loss, self._summed([grad.detach() for grad in grads])
+
+    def prepare(self, step: int, params: Parameters) -> None:
+        """What `pull_back` of this step can begin with while `settle` would have to wait."""
+        self.kept = self.kept or self._graph(step, params, create_graph=True)[1:]
+
+    def settle(self) -> None:
+        """Completes the λ that `pull_back` was given last."""
+        if self.unsettled is not None:
+            self.unsettled()
+        self.unsettled = None
+
+    def finish(self) -> None:
+        """Completes `grads`: of pixels and image rate each rank has a part, all else every rank has whole."""
+        ranks.add_up([self.grads[0], self.grads[2]])()
+        ranks.take_from_first([self.grads[1], *self.grads[3:]])
 
     def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor], push: list[Tensor]) -> None:
         """Adds −γ β (∂g_t/∂θ)ᵀ b to λ in place, and what step t gives to `grads`; `push` is b, which may be λ itself.
 
-        λ_0 is asked of nobody: step 0 leaves λ as it is.
+        To be called after `prepare`. λ_0 is asked of nobody: step 0 leaves λ as it is.
         """
-        grads, leaves = self.kept or self._graph(step, params, create_graph=True)[1:]
-        self.kept = None
+        (grads, leaves), self.kept = self.kept, None
         for is_image, value, grad in zip(self.is_image, push, grads, strict=True):
             self.grads[2 if is_image else 3] -= _inner(value, grad)
         vectors = torch._foreach_mul(push, self.rates)
@@ -118,7 +162,7 @@ class WholeSteps:
         change = _vector_jacobian(grads, [*asked, *inputs], vectors)
         theta, (images, texts, *similarity) = change[: len(asked)], change[len(asked) :]
         self._descend(adjoint, theta)
-        self.grads[0].index_add_(0, self.batches[step], images)
+        self.grads[0].index_add_(0, self.batches[step][self.shares[step].rows], images)
         self._add_texts(step, texts, similarity)
 
     def _asked(self, step: int, params: list[Tensor]) -> list[Tensor]:
@@ -126,8 +170,37 @@ class WholeSteps:
         return params if step > 0 and self.adjoint_decay > 0 else []
 
     def _descend(self, adjoint: list[Tensor], theta: list[Tensor]) -> None:
-        if theta:
+        """Adds the change of λ, over ranks when `settle` is called: till then it is summed."""
+        if not theta:
+            return
+        image, _ = self._by_tower(theta)
+        wait = ranks.add_up(image) if image else None
+
+        def add() -> None:
+            if wait:
+                wait()
             torch._foreach_add_(adjoint, theta, alpha=self.adjoint_decay)
+
+        self.unsettled = add
+        if ranks.count() == 1:
+            self.settle()
+
+    def _summed(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of the parameters, of which each rank has a part for the image tower and all for the text tower."""
+        if ranks.count() == 1 or not any(self.is_image):
+            return grads
+        grads = [grad.clone() if is_image else grad for is_image, grad in zip(self.is_image, grads, strict=True)]
+        ranks.add_up(self._by_tower(grads)[0])()
+        return grads
+
+    def _by_tower(self, values) -> tuple[list[Tensor], list[Tensor]]:
+        both = list(zip(self.is_image, values, strict=True))
+        return [value for image, value in both if image], [value for image, value in both if not image]
+
+    def _merged(self, image: Sequence[Tensor], text: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `_by_tower`; nothing of nothing."""
+        image, text = list(image), list(text)
+        return [(image if is_image else text).pop(0) for is_image in self.is_image if image or text]
 
     def _add_texts(self, step: int, texts: Tensor, similarity: Sequence[Tensor]) -> None:
         self.grads[1].index_add_(0, self.batches[step], texts)
@@ -141,13 +214,23 @@ class WholeSteps:
 
     def _graph(self, step: int, params: Parameters, create_graph: bool):
         torch.manual_seed(self.seed + step)
-        images = self.pairs.image_syn[self.batches[step]].requires_grad_(create_graph)
+        images = self.pairs.image_syn[self.batches[step][self.shares[step].rows]].requires_grad_(create_graph)
         text_embed = self.pairs.text_syn[self.batches[step]].requires_grad_(create_graph)
         similarity = self._similarity(create_graph)
         with torch.enable_grad():
-            loss = self.loss_fn(params, images, text_embed, *self._targets(step, similarity))
+            inputs = images, text_embed, *self._targets(step, similarity)
+            loss = self.loss_fn(params, *inputs) if ranks.count() == 1 else self._shared_loss(step, params, *inputs)
             grads = _gradients(loss, list(params.values()), create_graph=create_graph)
         return loss.detach(), grads, [*params.values(), images, text_embed, *similarity]
+
+    def _shared_loss(self, step: int, params: Parameters, images: Tensor, *others: Tensor) -> Tensor:
+        """ℓ of all pairs from this rank's images. The features of the way forth are kept for the way back."""
+        is_back = step < len(self.features)
+        own = self.loss_fn.encode_image(params, images)
+        features = self.shares[step].gather(own, self.features[step] if is_back else None)
+        if not is_back:
+            self.features.append(features.detach())
+        return self.loss_fn.of_features(params, features, *others)
 
 
 class ChunkedSteps(WholeSteps):
@@ -162,18 +245,19 @@ class ChunkedSteps(WholeSteps):
     3. chunk by chunk, what 2. gave for U goes through Jᵀ to θ and X.
 
     The features of the way forth are kept. Random numbers of the text tower depend on `seed` and the step,
-    those of the image tower on the chunk's number too.
+    those of the image tower on the chunk's number in the step's whole batch too: with `unit` = `size` a rank takes
+    whole chunks, and they are those of one process.
     """
 
-    def __init__(self, *args, size: int):
-        super().__init__(*args)
+    def __init__(self, *args, size: int, unit: int = 1):
+        super().__init__(*args, unit)
         self.size = size
-        self.features = []  # U of each step [B, D]
 
     def gradient(self, step: int, params: Parameters) -> tuple[Tensor, list[Tensor]]:
+        chunks = self._chunks(step) or [self.shares[step].rows]
         with torch.no_grad():
-            features = torch.cat([self._encode(step, rows, params)[0] for rows in self._chunks(step)])
-        self.features.append(features)
+            features = torch.cat([self._encode(step, rows, params)[0] for rows in chunks])
+        self.features.append(self.shares[step].collect(features))
         loss, (*text_grads, feature_grad), _ = self._head_graph(step, params, create_graph=False)
         image, _ = self._by_tower(params.values())
         image_grads = [torch.zeros_like(value) for value in image]
@@ -181,16 +265,21 @@ class ChunkedSteps(WholeSteps):
             chunk_features, _ = self._encode(step, rows, params)
             _add(image_grads, _gradients(chunk_features, image, feature_grad[rows]))
             del chunk_features
-        image_grads, text_grads = iter(image_grads), iter(text_grads)
-        return loss, [next(image_grads if is_image else text_grads) for is_image in self.is_image]
+        if image:
+            ranks.add_up(image_grads)()
+        return loss, self._merged(image_grads, text_grads)
+
+    def prepare(self, step: int, params: Parameters) -> None:
+        pass
 
     def pull_back(self, step: int, params: Parameters, adjoint: list[Tensor], push: list[Tensor]) -> None:
-        (image_adjoint, text_adjoint), (image_push, text_push) = self._by_tower(adjoint), self._by_tower(push)
+        image_push, text_push = self._by_tower(push)
         loss_grads, leaves = self._head_graph(step, params, create_graph=True)[1:]
-        text, inputs = leaves[: len(text_adjoint)], leaves[len(text_adjoint) :]
+        text, inputs = leaves[: len(text_push)], leaves[len(text_push) :]
         *text_grads, feature_grad = (grad.detach() for grad in loss_grads)
         tangents, image_change = self._second_order(step, params, image_push, feature_grad)  # Jbᵢ [B, D]
         self.grads[2] -= _inner(tangents, feature_grad)
+        tangents = self.shares[step].collect(tangents[self.shares[step].rows])
         for value, grad in zip(text_push, text_grads, strict=True):
             self.grads[3] -= _inner(value, grad)
         vectors = [*(b * -self.pairs.syn_lr_txt for b in text_push), tangents * -self.pairs.syn_lr_img]
@@ -200,8 +289,7 @@ class ChunkedSteps(WholeSteps):
         self._add_texts(step, texts, similarity)
         self.features.pop()
         self._first_order(step, params, image_change, feature_vectors)
-        self._descend(text_adjoint, text_change)
-        self._descend(image_adjoint, image_change)
+        self._descend(adjoint, self._merged(image_change, text_change))
 
     def _second_order(self, step: int, params: Parameters, push: list[Tensor], feature_grad: Tensor):
         """Jbᵢ [B, D] and the part of 1. for θ; the part for X goes to `grads`."""
@@ -229,11 +317,9 @@ class ChunkedSteps(WholeSteps):
             self.grads[0].index_add_(0, self.batches[step][rows], images)
 
     def _chunks(self, step: int) -> list[slice]:
-        return [slice(first, first + self.size) for first in range(0, len(self.batches[step]), self.size)]
-
-    def _by_tower(self, values) -> tuple[list[Tensor], list[Tensor]]:
-        both = list(zip(self.is_image, values, strict=True))
-        return [value for image, value in both if image], [value for image, value in both if not image]
+        """This rank's."""
+        first, stop = self.shares[step].start, self.shares[step].start + self.shares[step].size
+        return [slice(start, min(start + self.size, stop)) for start in range(first, stop, self.size)]
 
     def _encode(self, step: int, rows: slice, params: Parameters) -> tuple[Tensor, Tensor]:
         """Features of the chunk [C, D] and its images [C, 3, H, W], with the graph between if gradients are on."""

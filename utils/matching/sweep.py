@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data.errors import InputError
 from networks.clip_model import IMAGE_TOWER
+from utils import ranks
 from utils.matching.pairs import Pairs
 from utils.matching.pictures import EmbeddedPictures
 from utils.matching.student import ChunkedSteps, Parameters, StudentLoss, WholeSteps
@@ -77,6 +79,11 @@ def matching_gradient(
     Where the student's image encoder is frozen, each picture of `batches` goes through it once, the steps and the
     sweep run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels.
 
+    Ranks share the pairs of each step (of a frozen image encoder, the pictures) and return the same gradient. With an
+    image tower that draws random numbers their shares are whole chunks of `pair_chunk`, so that the numbers are those
+    of one process with the same `pair_chunk`; with any other tower the shares are equal and `pair_chunk` is a matter of
+    each rank's memory.
+
     Args:
         loss_fn: the student's loss.
         start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
@@ -87,17 +94,26 @@ def matching_gradient(
             grow with its pairs, for about 1.4 times the operations (more time for small chunks).
         momentum: μ of the student's steps.
         adjoint_decay: γ in λ_t = λ_{t+1} − γ β (∂g_t/∂θ)ᵀ b_t; 1 is exact, 0 the gradient of TESLA (Cui et al., 2023).
+
+    Raises:
+        InputError: several ranks, an image tower that draws random numbers, and no `pair_chunk` below a batch.
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
         pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, torch.cat(batches), pair_chunk)
         embedded = replace(pairs, image_syn=pictures.embed)
-        matching = matching_gradient(loss_fn, start, target, embedded, batches, seed, None, momentum, adjoint_decay)
-        matching.gradient.image_syn = pictures.pixels_gradient(matching.gradient.image_syn)
+        how = seed, None, momentum, adjoint_decay
+        with ranks.alone():
+            matching = matching_gradient(loss_fn, start, target, embedded, batches, *how)
+        image_syn, *others = matching.gradient.tensors()
+        ranks.take_from_first(others)
+        matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
         return matching
     arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
-    in_chunks = pair_chunk is not None and pair_chunk < max(len(batch) for batch in batches)
-    steps = ChunkedSteps(*arguments, size=pair_chunk) if in_chunks else WholeSteps(*arguments)
+    batch_size = max(len(batch) for batch in batches)
+    unit = _least_share(loss_fn, start, pairs.image_syn, batch_size, pair_chunk)
+    in_chunks = unit is not None or (pair_chunk is not None and pair_chunk < -(-batch_size // ranks.count()))
+    steps = ChunkedSteps(*arguments, size=pair_chunk, unit=unit or 1) if in_chunks else WholeSteps(*arguments)
     sweep = _Sweep(steps, start, momentum)
     with torch.random.fork_rng():
         student_losses, final = sweep.forth()
@@ -105,6 +121,18 @@ def matching_gradient(
         del final
         gradient = Pairs.of(sweep.back(adjoint))
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
+
+
+def _least_share(loss_fn, params: Parameters, images: Tensor, batch_size: int, pair_chunk: int | None) -> int | None:
+    """How many pairs a rank must take together, if that matters."""
+    if ranks.count() == 1 or not loss_fn.draws_on_images(params, images):
+        return None
+    if pair_chunk is None or pair_chunk >= batch_size:
+        raise InputError(
+            "the image tower draws random numbers (dropout), so ranks share whole chunks of pairs; give --pair_chunk "
+            f"{-(-batch_size // ranks.count())} or less, the same with any number of ranks"
+        )
+    return pair_chunk
 
 
 class _Sweep:
@@ -140,9 +168,12 @@ class _Sweep:
         for step in reversed(range(len(self.stored))):
             stored = self.stored.pop()
             params = _leaves({name: value.to(device, non_blocking=True) for name, value in stored.items()})
+            self.steps.prepare(step, params)
+            self.steps.settle()
             push = self._carried_on(push, adjoint)
             with torch.enable_grad():
                 self.steps.pull_back(step, params, adjoint, push)
+        self.steps.finish()
         return self.steps.grads
 
     def _carried_on(self, carried: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
