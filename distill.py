@@ -16,9 +16,9 @@ from tqdm import tqdm
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from networks.loss import LOSS_TYPES
-from utils import cli
+from utils import cli, ranks
 from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
-from utils.log import Log
+from utils.log import open_log
 from utils.matching import (
     BATCH_ORDERS,
     OPTIMIZERS,
@@ -28,6 +28,7 @@ from utils.matching import (
     Pairs,
     Prefetch,
     StudentLoss,
+    check_shares,
     fit_pair_chunk,
     guarded,
     matching_gradient,
@@ -206,12 +207,16 @@ class Distillation:
     def __init__(self, args, command: str):
         self.args, self.folder, device = args, Path(args.save_dir), find_device(args)
 
-        # Fresh models, and the experts to match.
-        splits = {split: find_split(args, split) for split in ("train", "val", "test")}
-        check_num_queries(args.num_queries, len(splits["train"][1]))
-        text_encoder = make_text_encoder(args)
-        self.factory = factory = make_factory(args, text_encoder.width)
-        self.judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
+        # What is read, downloaded and cached; fresh models, and the experts to match.
+        with ranks.first_goes_first():
+            splits = {split: find_split(args, split) for split in ("train", "val", "test")}
+            check_num_queries(args.num_queries, len(splits["train"][1]))
+            text_encoder = make_text_encoder(args)
+            self.factory = factory = make_factory(args, text_encoder.width)
+            self.judge = make_factory(args, text_encoder.width, train_in_full=True) if args.eval_full else factory
+            self.real, self.real_embed = training_pairs(args, splits["train"], text_encoder)
+            scored = [retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test")]
+        del text_encoder
         model = factory.fresh(args.seed)
         training = describe_training(factory, model)
         settings = {**vars(args), **training}
@@ -221,12 +226,7 @@ class Distillation:
         ways = [Shortcut(expert, args.shortcut) for expert in experts] if args.shortcut else experts
 
         # The real pairs, and the synthetic ones.
-        self.real, self.real_embed = training_pairs(args, splits["train"], text_encoder)
-        self.validation, self.test = (
-            embedded_once(retrieval_pairs(args, splits[split], text_encoder), self.judge, args.batch_size_test)
-            for split in ("val", "test")
-        )
-        del text_encoder
+        self.validation, self.test = (embedded_once(split, self.judge, args.batch_size_test) for split in scored)
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
         lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
         rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
@@ -244,6 +244,7 @@ class Distillation:
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         trial = self.loss_fn, start, self.pairs, batch_size
         self.pair_chunk = args.pair_chunk or fit_pair_chunk(*trial, **self.student)
+        check_shares(*trial, self.pair_chunk)
         of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
         of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration
         draws = Draws(ways, args.seed, *of_student)
@@ -251,10 +252,15 @@ class Distillation:
         compared = factory, self.judge, experts, args.coreset
         texts = self.real.captions, self.real_embed
         sources = Sources(command, vars(args), *texts, self.validation, self.test, *compared)
-        self.page = RunReport(self.folder, sources, args.report)
-        self.log = Log(self.folder, settings, args.name, args.disabled_wandb)
+        self.page = RunReport(self.folder, sources, args.report and ranks.is_first())
+        self.log = open_log(self.folder, settings, args.name, args.disabled_wandb)
         self.log(training, step=self.learner.iteration)
-        self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=None)
+        self.bar = tqdm(
+            total=args.Iteration,
+            desc="distill",
+            initial=self.learner.iteration,
+            disable=None if ranks.is_first() else True,
+        )
 
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""
@@ -285,13 +291,18 @@ class Distillation:
         results = score(synset, self.validation, VALIDATION_SEED, self.judge, self.args)
         keep_if_best(synset, results, self.learner, self.folder)
         self.save()
-        report(self.log, self.folder, synset, results, self.args)
-        self.page.update()
+        if ranks.is_first():
+            report(self.log, self.folder, synset, results, self.args)
+            with ranks.alone():
+                self.page.update()
+        ranks.wait()
 
     def report_test(self) -> None:
         """Scores the set that did best on validation on the test split."""
         best = load_synset(self.folder / "best.safetensors")
         results = score(best, self.test, TEST_SEED, self.judge, self.args, self.page.on_model)
+        if not ranks.is_first():
+            return
         mean = mean_and_std(results)[0]
         self.log({f"Test/{key}": value for key, value in mean.items()}, step=self.args.Iteration)
         iteration = best.settings["iteration"]
@@ -299,7 +310,8 @@ class Distillation:
         print(recall_table({f"{self.args.num_queries} distilled pairs, training {self.judge.trains}": results}))
         pictures = f"pictures in {self.folder}/synthetic_images_*.png, " if self.args.draw else ""
         print(f"sets in {self.folder}/iteration_*.safetensors, {pictures}numbers in {self.folder}/metrics.jsonl")
-        self.page.finish(self.log, best, results)
+        with ranks.alone():
+            self.page.finish(self.log, best, results)
         self.log.finish()
 
     def current_set(self) -> SynSet:
@@ -309,7 +321,7 @@ class Distillation:
 
     def save(self) -> None:
         """Saves the set and the state; after a spoilt step those of the last evaluation stay."""
-        if self.learner.is_finite():
+        if ranks.is_first() and self.learner.is_finite():
             save_synset(self.folder / "last.safetensors", self.current_set())
             self.learner.save(self.folder / "state.safetensors", vars(self.args))
 
@@ -321,7 +333,7 @@ def saved_when_stopped(run: Distillation):
         yield
     except (InputError, KeyboardInterrupt) as error:
         # After an InputError the pairs may be spoilt: the set of the last evaluation stays.
-        if isinstance(error, (OutOfMemory, KeyboardInterrupt)):
+        if isinstance(error, (OutOfMemory, ranks.RankLost, KeyboardInterrupt)):
             run.save()
         last = run.folder / "last.safetensors"
         if last.exists():
@@ -397,11 +409,11 @@ def score(synset: SynSet, retrieval, seed: int, factory, args, on_model=None) ->
 
 def keep_if_best(synset: SynSet, results, learner: PairLearner, run: Path) -> None:
     """Saves the set under its iteration, and as the best one if it is by validation."""
-    save_synset(run / f"iteration_{learner.iteration:06d}.safetensors", synset)
     recall = mean_and_std(results)[0]["r_mean"]
-    if recall > learner.best:
-        save_synset(run / "best.safetensors", synset)
-        learner.best = recall
+    names = [f"iteration_{learner.iteration:06d}", *(["best"] if recall > learner.best else [])]
+    for name in names if ranks.is_first() else ():
+        save_synset(run / f"{name}.safetensors", synset)
+    learner.best = max(recall, learner.best)
     learner.evaluated = learner.iteration
 
 

@@ -6,4 +6,4 @@ from utils.matching.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chu
 from utils.matching.pairs import BATCH_ORDERS, Pairs, draw_batches
 from utils.matching.prefetch import Prefetch, prepare, to_device
 from utils.matching.student import StudentLoss
-from utils.matching.sweep import Matching, matching_gradient, matching_loss
+from utils.matching.sweep import Matching, check_shares, matching_gradient, matching_loss

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from data.errors import InputError
+from utils import ranks
 from utils.matching.pairs import Pairs
 from utils.matching.sweep import matching_gradient
 
@@ -35,18 +36,24 @@ def pair_chunk_advice(pairs_at_a_time: int) -> str:
 def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
     """The largest `pair_chunk` for the free memory of the pairs' GPU, by two short trials; None if all pairs fit.
 
-    On a CPU always None, but `CPU_PICTURES` where a frozen encoder sees each picture once: few fit its caches.
+    Over ranks, of the smallest GPU, where only a rank's share of the pairs must fit. On a CPU always None, but
+    `CPU_PICTURES` where a frozen encoder sees each picture once: few fit its caches.
 
     Args:
         params: the student's parameters by name, on the GPU.
-        batch_size: pairs in a student's step.
+        batch_size: pairs in a student's step; a frozen encoder embeds those of all steps at once.
         student: keyword arguments of `matching_gradient`.
     """
+    batch_size = -(-(len(pairs.image_syn) if loss_fn.frozen_encoder is not None else batch_size) // ranks.count())
+    with ranks.alone():
+        chunk = _fit_pair_chunk(loss_fn, params, pairs, batch_size, **student)
+    return min((found for found in ranks.gather(chunk) if found is not None), default=None)
+
+
+def _fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
     device = pairs.image_syn.device
     if device.type != "cuda":
         return CPU_PICTURES if loss_fn.frozen_encoder is not None else None
-    if loss_fn.frozen_encoder is not None:
-        batch_size = len(pairs.image_syn)  # an iteration embeds the pictures of all its steps
 
     def peak(size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)

@@ -111,7 +111,7 @@ def matching_gradient(
         return matching
     arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
     batch_size = max(len(batch) for batch in batches)
-    unit = _least_share(loss_fn, start, pairs.image_syn, batch_size, pair_chunk)
+    unit = check_shares(loss_fn, start, pairs, batch_size, pair_chunk)
     in_chunks = unit is not None or (pair_chunk is not None and pair_chunk < -(-batch_size // ranks.count()))
     steps = ChunkedSteps(*arguments, size=pair_chunk, unit=unit or 1) if in_chunks else WholeSteps(*arguments)
     sweep = _Sweep(steps, start, momentum)
@@ -123,9 +123,15 @@ def matching_gradient(
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
 
 
-def _least_share(loss_fn, params: Parameters, images: Tensor, batch_size: int, pair_chunk: int | None) -> int | None:
-    """How many pairs a rank must take together, if that matters."""
-    if ranks.count() == 1 or not loss_fn.draws_on_images(params, images):
+def check_shares(loss_fn, params: Parameters, pairs: Pairs, batch_size: int, pair_chunk: int | None) -> int | None:
+    """How many pairs a rank must take together: `pair_chunk` if the image tower draws random numbers, else None.
+
+    Raises:
+        InputError: see `matching_gradient`.
+    """
+    if ranks.count() == 1 or loss_fn.frozen_encoder is not None:
+        return None
+    if not loss_fn.draws_on_images(params, pairs.image_syn):
         return None
     if pair_chunk is None or pair_chunk >= batch_size:
         raise InputError(
