@@ -13,7 +13,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"\bpython (?:-m )?(\S+)(.*)")
+PROGRAM = re.compile(r"\b(?:python (?:-m )?|torchrun .*?(?=\w+\.py))(\S+)(.*)")
 
 
 def blocks(page: Path, language: str) -> list[str]:

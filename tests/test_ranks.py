@@ -145,7 +145,8 @@ sys.exit(main())
 def test_torchrun_itself(tmp_path):
     """It tells in its own words how a rank ended, and exits with 1."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "script.py")]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv.append(str(tmp_path / "script.py"))
     environment = {**os.environ, "PYTHONPATH": str(Path(buffer.__file__).parent), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
     assert ended.stdout == "[0, 1]\n"

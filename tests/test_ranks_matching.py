@@ -1,8 +1,12 @@
 """The outer gradient over two and three processes against the full unroll of one."""
 
+import json
+
 import pytest
 import torch
 
+import benchmarks.ranks
+from benchmarks.ranks import RESULT, bytes_sent, sizes_of
 from data.errors import InputError
 from networks.lora import Lora
 from tests.processes import run_ranks
@@ -85,6 +89,44 @@ def test_gradient_over_ranks_equals_the_full_unroll(count, tmp_path):
     ended = run_ranks(tmp_path, count, check_all, list(CASES[count]))
     assert [end.code for end in ended] == [0] * count, "".join(end.out + end.err for end in ended)
     assert ended[0].out.splitlines() == list(CASES[count])
+
+
+def count_bytes():
+    ranks.start()
+    problem = Problem("test_nfnet").single()
+    matching_gradient(*problem.arguments(3, batch_size=NUM_PAIRS))
+    planned = bytes_sent(sizes_of(problem), NUM_PAIRS, 3, ranks.count())
+    assert ranks.bytes_sent() == pytest.approx(planned, abs=10)  # a third of a message is rounded
+    return 0
+
+
+def test_bytes_are_those_of_the_formula(tmp_path):
+    ended = run_ranks(tmp_path, 3, count_bytes)
+    assert [end.code for end in ended] == [0] * 3, ended[0].err
+
+
+def test_benchmark(tmp_path, capsys, monkeypatch):
+    """Its ranks are started by the test."""
+
+    def start(count, argv):
+        ended = run_ranks(tmp_path / str(count), count, work, [*argv, "--worker"])
+        return json.loads(ended[0].out.removeprefix(RESULT))
+
+    monkeypatch.setattr(benchmarks.ranks, "start", start)
+    small = {"image_encoder": "test_nfnet", "image_size": 32, "text_dim": 8, "pairs": 4, "steps": 2}
+    monkeypatch.setattr(benchmarks.ranks, "PAPER", small)
+    flags = ["--image_size", "32", "--text_dim", "8", "--pairs", "4", "--repeats", "1", "--device", "cpu"]
+    benchmarks.ranks.main(flags)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    one, two = (dict(zip(rows[0], row, strict=True)) for row in rows[2:4])
+    assert float(two["GFLOP a rank"]) == pytest.approx(float(one["GFLOP a rank"]) / 2, abs=0.15)
+    assert two["GB sent"] == two["by formula"] != one["GB sent"]
+    assert [row[0] for row in rows[6:]] == [f"{n}, {link} GB/s" for link in (300, 25, 12.5) for n in (1, 8)]
+
+
+def work(argv):
+    benchmarks.ranks.main(argv)
+    return 0
 
 
 def ask_without_chunks():
