@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-SECONDS = 60  # until a test gives up
+SECONDS = 240  # until a test gives up
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["buffer", "coreset", "distill", "evaluate", "tests.unroll"])
 

@@ -17,25 +17,35 @@ import buffer
 import coreset
 import evaluate
 from data.errors import InputError
+from networks.image_encoder import build_image_encoder
 from tests.conftest import QUICK_BUFFER
 from tests.processes import Ranks, run_ranks
 from utils import cli, ranks
 from utils.experts import ExpertLocks, Trajectory
+from utils.scoring import embed_views
 from utils.synset import load_synset
 
 FOLDER = "tiny/test_nfnet/demo"
 
 
-def of_one_and_of_two(folder, target, *argv):
-    """Runs a script alone and as two ranks, {} in `argv` being a folder of each; what both printed."""
-    printed = []
-    for count in (1, 2):
-        own = [argument.replace("{}", str(folder / str(count))) for argument in map(str, argv)]
-        ended = run_ranks(folder / f"printed_{count}", count, target, own)
-        assert [end.code for end in ended] == [0] * count, "".join(end.err for end in ended)
-        assert all(end.out == "" for end in ended[1:])
-        printed.append(ended[0].out.replace(str(folder / str(count)), "{}"))
-    return printed
+@pytest.fixture
+def both(tmp_path, capsys):
+    """Runs a script in this process and as two ranks, {} in its arguments being a folder of each: what both printed."""
+
+    def run(script, *argv):
+        one, two = ([str(argument).replace("{}", str(tmp_path / name)) for argument in argv] for name in ("1", "2"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the ranks; the order of sums depends on it
+        capsys.readouterr()
+        try:
+            assert script.main(one) == 0
+        finally:
+            torch.set_num_threads(threads)
+        first, second = run_ranks(tmp_path / "printed", 2, script.main, two)
+        assert (first.code, second.code, second.out) == (0, 0, ""), first.err + second.err
+        return capsys.readouterr().out.replace(str(tmp_path / "1"), "{}"), first.out.replace(str(tmp_path / "2"), "{}")
+
+    return run
 
 
 # ---- the group
@@ -129,6 +139,7 @@ def test_a_wrong_flag_is_one_line(tmp_path):
 SCRIPT = """
 import sys
 from data.errors import InputError
+from networks.image_encoder import build_image_encoder
 from utils import cli, ranks
 
 @cli.one_line_errors
@@ -148,7 +159,7 @@ def test_torchrun_itself(tmp_path):
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv.append(str(tmp_path / "script.py"))
     environment = {**os.environ, "PYTHONPATH": str(Path(buffer.__file__).parent), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=240, env=environment)
     assert ended.stdout == "[0, 1]\n"
     assert re.findall("^error: .*", ended.stderr, re.MULTILINE) == ["error: bad; mend it"]
     assert re.search(r"exitcode +: 2 ", ended.stderr) and ended.returncode == 1
@@ -157,30 +168,42 @@ def test_torchrun_itself(tmp_path):
 # ---- buffer.py
 
 
-def test_experts_are_those_of_one_process(tiny_argv, tmp_path):
+def test_experts_are_those_of_one_process(tiny_argv, both, metrics, tmp_path):
     argv = [*tiny_argv, *QUICK_BUFFER, "--train_epochs", 1, "--num_experts", 3, "--buffer_path", "{}"]
-    printed = of_one_and_of_two(tmp_path, buffer.main, *argv)
+    printed = both(buffer, *argv)
     assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]
-    folders = [tmp_path / str(count) / FOLDER for count in (1, 2)]
-    assert len(set(os.listdir(folders[0]))) == 5 and set(os.listdir(folders[0])) == set(os.listdir(folders[1]))
+    folders = [tmp_path / name / FOLDER for name in ("1", "2")]
+    assert len(os.listdir(folders[0])) == 5 and set(os.listdir(folders[0])) == set(os.listdir(folders[1]))
     for n in range(3):
         one, two = (Trajectory(folder / f"expert_00{n}.safetensors") for folder in folders)
         assert one.recalls == two.recalls
         for epoch in (0, 1):
             left, right = one.snapshot(epoch), two.snapshot(epoch)
             assert all(torch.equal(left[name], right[name]) for name in left)
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
-    for one, two in zip(*lines, strict=True):
+    for one, two in zip(*map(metrics, folders), strict=True):
         assert one | {"Seconds": 0} == two | {"Seconds": 0}
 
 
-def test_features_of_views_are_those_of_one_process(tiny_argv, tmp_path):
-    heads = "--no_image_trainable", "--aug_views", 2, "--batch_size_test", 5, "--cache_dir", "{}"
-    argv = [*tiny_argv, *QUICK_BUFFER, *heads, "--train_epochs", 1, "--num_experts", 1, "--buffer_path", "{}"]
-    of_one_and_of_two(tmp_path, buffer.main, *argv)
-    one, two = (Trajectory(tmp_path / str(count) / FOLDER / "expert_000.safetensors") for count in (1, 2))
-    left, right = one.snapshot(1), two.snapshot(1)
-    assert all(torch.equal(left[name], right[name]) for name in left)
+def embed(tiny_data, folder):
+    """Eight pictures in batches of three, three views of each."""
+    ranks.start()
+    paths = sorted(tiny_data.glob("demo-images/val_*.png"))
+    encoder = build_image_encoder("test_nfnet", 32, pretrained=False)
+    encoder.load_state_dict({name: torch.full_like(value, 0.1) for name, value in encoder.state_dict().items()})
+    for views in (0, 3):
+        shared = embed_views(paths, encoder, 32, views, 3, 0, "cpu", folder)
+        with ranks.alone():
+            expected = embed_views(paths, encoder, 32, views, 3, 0, "cpu", folder / f"of_rank_{ranks.rank()}")
+        assert torch.equal(shared, expected) and shared.shape == (max(1, views), 8, encoder.width)
+        assert expected.std() > 0
+    ranks.end()
+    return 0
+
+
+def test_features_are_those_of_one_process(tiny_data, tmp_path):
+    ended = run_ranks(tmp_path, 2, embed, tiny_data, tmp_path / "cache")
+    assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
 def test_two_launches_train_no_expert_twice(tiny_argv, tmp_path):
@@ -198,7 +221,7 @@ def test_two_launches_train_no_expert_twice(tiny_argv, tmp_path):
     ended = [launch.end()[0] for launch in launches]
     assert [end.code for end in ended] == [0, 0]
     saved = [line for end in ended for line in end.out.splitlines() if line.startswith("saved")]
-    assert len(saved) == len(set(saved)) == 4
+    assert len(saved) == len(set(saved)) == 3
     assert not list((tmp_path / "b").rglob("*.lock"))
 
 
@@ -246,21 +269,18 @@ def test_experts_of_another_launch_are_left_to_it(tiny_argv, tmp_path, capsys):
 # ---- evaluate.py and coreset.py
 
 
-def test_the_table_is_that_of_one_process(straight, experts, tmp_path):
+def test_the_table_is_that_of_one_process(straight, experts, both, tmp_path):
     """Two candidates and their own rates, three networks, two experts."""
     argv = ["--synset", straight / "best.safetensors", "--num_eval", 3, "--json", "{}.json", "--all_data", experts]
-    argv += ["--tune_rates", "--grid_img", 0.01, "--grid_txt", 0.1, 0.2]
-    one, two = of_one_and_of_two(tmp_path, evaluate.main, *argv)
+    one, two = both(evaluate, *argv, "--tune_rates", "--grid_img", 0.01, "--grid_txt", 0.1, 0.2)
     assert one == two and one.count("\n| ") == 2 + 2
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
 
 
-@pytest.mark.parametrize("method", ["herding", "forgetting"])
-def test_a_coreset_is_that_of_one_process(method, tiny_argv, tmp_path):
-    argv = [*tiny_argv, "--method", method, "--num_queries", 5, "--train_epochs", 2, "--batch_size_train", 30]
-    frozen = "--no_image_trainable", "--batch_size_test", 5, "--cache_dir", "{}"
-    of_one_and_of_two(tmp_path, coreset.main, *argv, *frozen, "--save_dir", "{}")
-    one, two = (tmp_path / str(count) / f"{method}_5.safetensors" for count in (1, 2))
-    one, two = load_synset(one), load_synset(two)
+def test_a_coreset_is_that_of_one_process(tiny_argv, both, tmp_path):
+    argv = [*tiny_argv, "--method", "herding", "--num_queries", 5, "--batch_size_test", 5, "--cache_dir", "{}"]
+    one, two = both(coreset, *argv, "--save_dir", "{}")
+    assert one == two
+    one, two = (load_synset(tmp_path / name / "herding_5.safetensors") for name in ("1", "2"))
     assert one.files == two.files and one.scores == two.scores
     assert torch.equal(one.image_syn, two.image_syn)

@@ -120,7 +120,10 @@ class Problem:
 def check_chunks(arguments, pair_chunk, expected=None, **student):
     """Against the unroll whose image tower draws its random numbers in the same chunks."""
     loss, expected = expected or unroll_gradient(*arguments, pair_chunk, **student)
-    matching = matching_gradient(*arguments, pair_chunk, **student)
+    check_matching(matching_gradient(*arguments, pair_chunk, **student), loss, expected)
+
+
+def check_matching(matching, loss, expected):
     assert relative_error(matching.loss, loss) < 1e-10
     for name, value in matching.gradient.named().items():
         exact = expected.named()[name]
