@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ def start() -> None:
     _stop_on_signals()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
+    warnings.filterwarnings(
+        "ignore", message="CUDA reports that you have"
+    )  # fork_rng: states of all cards are few bytes
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _lost_if_it_fails():
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TENSOR_WAIT)
