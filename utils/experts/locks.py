@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class ExpertLocks:
                 )
                 return False
             if _take_away(path, holder):
-                print(f"took over {expert.name} from process {holder['process']}, which is gone")
+                line = f"took over {expert.name} from process {holder['process']}, which is gone"
+                print(line, file=sys.stderr)  # of any rank
         self.held.add(expert)
         if expert.exists():  # finished since it was found missing
             self.release(expert)
