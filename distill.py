@@ -228,6 +228,7 @@ class Distillation:
         # The real pairs, and the synthetic ones.
         self.validation, self.test = (embedded_once(split, self.judge, args.batch_size_test) for split in scored)
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
+        ranks.take_from_first(self.pairs.tensors())
         lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
         rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
         self.learner = PairLearner(self.pairs, *rates, args.ema_decay)
