@@ -168,9 +168,8 @@ def pace_of(*runs: list[dict]) -> float:
 
 
 def write_results(args) -> None:
-    """The table, its numbers and the curves of all finished cells."""
-    names = [cell["name"] for cell in cells(args) if (args.output / cell["name"] / "cell.json").exists()]
-    done = [json.loads((args.output / name / "cell.json").read_text()) for name in names]
+    """The table, its numbers and the curves of all finished cells in the folder, of earlier commands too."""
+    done = [json.loads(path.read_text()) for path in sorted(args.output.glob("*/cell.json"))]
     save_text(args.output / "table.json", json.dumps(done, indent=1) + "\n")
     save_text(args.output / "table.md", table(done) + "\n")
     draw_curves(done, args.output / "curves.png")
@@ -205,15 +204,12 @@ def draw_curves(done: list[dict], path: Path) -> None:
         return
     figure = Figure(figsize=(1 + 4 * len(sizes), 4), layout="constrained")
     for axes, pairs in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        for cell in done:
-            if cell["pairs"] == pairs:
-                first = cell["seed"] == min(c["seed"] for c in done)
-                label = cell["recipe"] if first and cell["gradient"] == "exact" else None
-                style = "-" if cell["gradient"] == "exact" else "--"
-                colour = f"C{RECIPES.index(cell['recipe'])}"
-                axes.plot(
-                    *zip(*cell["curve"], strict=True), style, color=colour, label=label, alpha=1 if first else 0.4
-                )
+        labelled = set()
+        for cell in (cell for cell in done if cell["pairs"] == pairs):
+            recipe, style = cell["recipe"], "-" if cell["gradient"] == "exact" else "--"
+            label = None if recipe in labelled else recipe
+            axes.plot(*zip(*cell["curve"], strict=True), style, color=f"C{RECIPES.index(recipe)}", label=label)
+            labelled.add(recipe)
         axes.set(title=f"{pairs} pairs", xlabel="seconds of matching", ylabel="validation, mean of six recalls in %")
         axes.legend(title="— exact, -- TESLA")
     figure.savefig(path, dpi=150)
