@@ -329,7 +329,7 @@ def test_set_of_real_pairs(sets, method, tiny_data):
 def test_random_set_is_where_distillation_starts(sets, tiny_argv, tiny_experts, tmp_path):
     argv = ["--buffer_path", str(tiny_experts), "--save_dir", str(tmp_path / "run"), "--num_queries", "5"]
     few = ["--Iteration", "0", "--num_eval", "1", "--epoch_eval_train", "1", "--max_start_epoch", "1"]
-    assert distill.main([*tiny_argv, *argv, *few, "--disabled_wandb"]) == 0
+    assert distill.main([*tiny_argv, *argv, *few, "--disabled_wandb", "--no_report"]) == 0
     start, chosen = load_synset(tmp_path / "run/last.safetensors"), load_synset(sets / "random_5.safetensors")
     assert torch.equal(start.image_syn, chosen.image_syn) and torch.equal(start.text_syn, chosen.text_syn)
     assert start.files == [] and start.scores == []
@@ -369,7 +369,17 @@ def tiny_experts(tiny_argv, tmp_path_factory):
 def test_frozen_modality_stays_at_its_start(tiny_argv, tiny_experts, tmp_path, flag, other):
     learned, frozen = f"{flag}_syn", f"{other}_syn"
     argv = [*tiny_argv, "--buffer_path", str(tiny_experts), "--save_dir", str(tmp_path), "--disabled_wandb"]
-    argv += ["--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--max_start_epoch", "1"]
+    argv += [
+        "--no_report",
+        "--num_queries",
+        "6",
+        "--mini_batch_size",
+        "4",
+        "--syn_steps",
+        "2",
+        "--max_start_epoch",
+        "1",
+    ]
     argv += ["--Iteration", "3", "--eval_it", "3", "--num_eval", "1", "--epoch_eval_train", "1", "--lr_teacher_img"]
     assert distill.main([*argv, "0.01", f"--{flag}_only"]) == 0
     start, end = (load_synset(tmp_path / f"iteration_00000{i}.safetensors") for i in (0, 3))

@@ -21,7 +21,7 @@ QUICK = ["--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wan
 QUICK_DISTILL = [
     *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--Iteration", "1", "--num_eval", "1"),
     *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--disabled_wandb"),
-    *("--lr_teacher_img", "0.01", "--no_draw"),
+    *("--lr_teacher_img", "0.01", "--no_draw", "--no_report"),
 ]
 
 

@@ -33,7 +33,7 @@ def run_heads(tiny_argv, heads_buffer):
 
     def run(save_dir, *more):
         quick = ["--num_queries", 6, "--eval_it", 2, "--num_eval", 2, "--epoch_eval_train", 2, "--disabled_wandb"]
-        argv = [*tiny_argv, *HEADS, *quick, "--buffer_path", heads_buffer, "--save_dir", save_dir, *more]
+        argv = [*tiny_argv, *HEADS, *quick, "--no_report", "--buffer_path", heads_buffer, "--save_dir", save_dir, *more]
         return distill.main([str(value) for value in argv])
 
     return run
@@ -127,9 +127,8 @@ def test_pictures_texts_and_rates_are_learned(heads_run, metrics):
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_resumed_run_equals_the_straight_one(heads_run, run_heads, tmp_path, stop):
-    assert run_heads(tmp_path / "run", "--Iteration", stop) == 0
+def test_resumed_run_equals_the_straight_one(heads_run, run_heads, tmp_path):
+    assert run_heads(tmp_path / "run", "--Iteration", 1) == 0
     assert run_heads(tmp_path / "run", "--Iteration", 3, "--resume") == 0
     assert same_set(tmp_path / "run/last.safetensors", heads_run / "last.safetensors")
 

@@ -222,7 +222,7 @@ def tiny(tmp_path_factory):
 
 EXPERTS = ("--train_epochs", "2", "--batch_size_train", "32", "--no_aug", "--disabled_wandb")
 DISTILL = ("--Iteration", "2", "--eval_it", "2", "--num_queries", "6", "--syn_steps", "2", "--mini_batch_size", "4")
-DISTILL += ("--num_eval", "1", "--epoch_eval_train", "2", "--no_draw", "--disabled_wandb")
+DISTILL += ("--num_eval", "1", "--epoch_eval_train", "2", "--no_draw", "--no_report", "--disabled_wandb")
 
 
 def run(script, flags, *more):

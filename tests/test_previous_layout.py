@@ -24,7 +24,7 @@ ARGV = [
     *("--text_pooling", "mean", "--num_workers", "0", "--device", "cpu", "--cache_dir", "cache", "--disabled_wandb"),
     *("--buffer_path", "buffers", "--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1"),
     *("--num_queries", "3", "--mini_batch_size", "2", "--syn_steps", "2", "--eval_it", "2", "--num_eval", "1"),
-    *("--epoch_eval_train", "2", "--lr_img", "1", "--lr_txt", "1", "--lr_lr", "1e-8", "--no_draw"),
+    *("--epoch_eval_train", "2", "--lr_img", "1", "--lr_txt", "1", "--lr_lr", "1e-8", "--no_draw", "--no_report"),
 ]
 
 

@@ -1,5 +1,7 @@
 """What used to end in a traceback: one line, exit code 2, and nothing half-written."""
 
+import shutil
+
 import pytest
 
 import buffer
@@ -15,6 +17,7 @@ QUICK_DISTILL = [
     *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--eval_it", "1", "--num_eval", "1"),
     *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--lr_teacher_img", "0.01"),
     "--no_draw",
+    "--no_report",
 ]
 
 
@@ -34,11 +37,18 @@ def match(tiny_argv, experts):
     return run
 
 
-@pytest.fixture
-def run(match, tmp_path):
+@pytest.fixture(scope="module")
+def finished_run(match, tmp_path_factory):
     """Run folder of two iterations."""
-    assert match(tmp_path / "run", "--Iteration", 2) == 0
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert match(folder, "--Iteration", 2) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of it to spoil."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 def stderr_line(capsys, call, *argv):
