@@ -86,7 +86,7 @@ def test_links_lead_somewhere(page):
 def test_commands_use_flags_that_exist(page):
     for program, arguments in commands(page):
         own, _, handed_on = arguments.partition(" -- ")  # from a benchmark to the script that it runs
-        for taker, given in ((program, own), ("distill.py", handed_on)):
+        for taker, given in ((program, own), ("distill", handed_on)):
             unknown = set(re.findall(r"(?<!\S)--\w+", given)) - flags(taker)
             assert not unknown, f"{taker} has no {unknown}"
 
