@@ -72,10 +72,20 @@ def test_recipes_start_from_the_same_real_pairs(table):
 def test_finished_cells_are_kept(table, calls):
     table(*ONE)
     calls.clear()
-    output = table("--recipes", "heads", "--gradients", "exact", "TESLA", "--seeds", "0", "--tesla_pairs", "6")
-    assert calls.count("evaluate.py") == 1  # of TESLA's gradient alone
-    settings = load_synset(output / "heads_TESLA_6_0/run/last.safetensors").settings
-    assert settings["adjoint_decay"] == 0 and settings["optimizer"] == "adam"
+    table(*ONE)
+    assert calls == []
+
+
+def test_gradients_and_seeds_are_cells():
+    own = ["--output", "x", "--pairs", "100", "200", "--seconds", "60", "90", "--recipes", "lors", "heads"]
+    args = field.parse_args([*own, "--tesla_pairs", "100", "--", "--dataset", "demo"])
+    cells = {cell["name"]: cell for cell in field.cells(args)}
+    of_100 = {f"{r}_{g}_100_0" for r in ("lors", "heads") for g in ("exact", "TESLA")}
+    assert set(cells) == {*of_100, "lors_exact_200_0", "heads_exact_200_0", "lors_exact_100_1", "heads_exact_100_1"}
+    given = distill.parse_args([str(flag) for flag in field.flags(cells["lors_TESLA_100_0"], args)])
+    assert (given.adjoint_decay, given.num_queries, given.dataset, given.loss_type) == (0, 99, "demo", "WBCE")
+    given = distill.parse_args([str(flag) for flag in field.flags(cells["heads_exact_100_1"], args)])
+    assert (given.adjoint_decay, given.num_queries, given.seed, given.optimizer) == (1, 100, 1, "adam")
 
 
 def test_a_budget_for_each_number_of_pairs(capsys):
