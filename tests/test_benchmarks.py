@@ -11,7 +11,7 @@ SMALL = ["--image_size", "32", "--text_dim", "8", "--pairs", "3"]
 def test_outer_gradient(capsys):
     flags = [
         "--steps",
-        "2",
+        "1",
         "--pair_chunk",
         "2",
         "--precision",
