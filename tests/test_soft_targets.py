@@ -346,6 +346,10 @@ def test_damaged_similarity_is_one_line(run_distill, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main(["--synset", str(path)]) == 2
     assert "similarity has the shape" in capsys.readouterr().err
+    tensors["similarity_left"] = torch.zeros(6, 2)
+    save_file(tensors, path, {**metadata, "phases": "7"})
+    assert evaluate.main(["--synset", str(path)]) == 2
+    assert "phases are 7 for 6 pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["lors", "repblend", "ptmst"])

@@ -85,6 +85,9 @@ def load_synset(path: str | Path) -> SynSet:
     loss_type = metadata.get("loss_type", "InfoNCE")
     if not problem and loss_type not in LOSS_TYPES:
         problem = f"its loss_type is {loss_type} instead of one of {', '.join(LOSS_TYPES)}"
+    phases = metadata.get("phases", 1)
+    if not problem and not (isinstance(phases, int) and 1 <= phases <= len(metadata["captions"])):
+        problem = f"its phases are {phases} for {len(metadata['captions'])} pairs"
     if problem:
         advice = "give another file" if is_released(path) else "make it again"
         raise InputError(f"{KIND} {path} is not whole: {problem}; {advice}")
@@ -102,7 +105,7 @@ def load_synset(path: str | Path) -> SynSet:
         similarity=similarity,
         alpha=metadata.get("alpha", 1.0),
         loss_type=loss_type,
-        phases=metadata.get("phases", 1),
+        phases=phases,
     )
 
 
