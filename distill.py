@@ -6,6 +6,7 @@ the gradient of its distance to where the expert went back into pictures, text e
 
 import functools
 import shlex
+import statistics
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,9 +32,8 @@ from utils.matching import (
     check_shares,
     fit_pair_chunk,
     guarded,
-    matching_gradient,
+    mean_matching,
     pair_chunk_advice,
-    to_device,
 )
 from utils.pictures import picture_grid
 from utils.recipes import RELEASED_STUDENT
@@ -68,12 +68,16 @@ FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
     *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe", "report", "coreset"),
 }
+SEGMENTS_HELP = (
+    "pieces of trajectories that an iteration matches, of which it takes the mean gradient; with a frozen image "
+    "encoder the pictures go through it once for all of them"
+)
 EMA_HELP = "what is scored and saved is an average over iterations with this decay; 0 for the pairs as they are"
 # What runs were made with that lack a setting; their student had the temperature of the experts.
 ADDED = {
     **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
     **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
-    **{"batch_order": "independent", "phases": 1, "shortcut": None, "init_set": None},
+    **{"batch_order": "independent", "phases": 1, "segments": 1, "shortcut": None, "init_set": None},
 }
 
 
@@ -90,6 +94,7 @@ def parse_args(argv=None):
     add("--pair_chunk", type=cli.count, help="pairs per student step in memory at a time; what fits if not given")
     add("--syn_steps", type=cli.count, default=8, help="student steps per iteration")
     add("--expert_epochs", type=cli.count, default=1, help="epochs from the student's start to the expert's target")
+    add("--segments", type=cli.count, default=1, help=SEGMENTS_HELP)
     add("--max_start_epoch", type=cli.count, default=2, help="students start at an epoch below this")
     add(
         "--optimizer",
@@ -247,7 +252,7 @@ class Distillation:
         self.pair_chunk = args.pair_chunk or fit_pair_chunk(*trial, **self.student)
         check_shares(*trial, self.pair_chunk)
         of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
-        of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration
+        of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration, args.segments
         draws = Draws(ways, args.seed, *of_student)
         self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)
         compared = factory, self.judge, experts, args.coreset
@@ -271,17 +276,16 @@ class Distillation:
 
     def match_and_step(self) -> None:
         """One iteration: student and expert, the gradient of the matching loss, a step of the pairs."""
-        iteration, device = self.learner.iteration, self.pairs.image_syn.device
-        start_epoch, start, target, batches, seed = self.prefetch.take(iteration)
-        start, target = to_device(start, device), to_device(target, device)
-        problem = self.loss_fn, start, target, self.pairs, batches, seed, self.pair_chunk
+        iteration = self.learner.iteration
+        segments = self.prefetch.take(iteration)
+        batch = len(segments[0].batches[0])
         matching = guarded(
-            lambda: matching_gradient(*problem, **self.student),
-            lambda: pair_chunk_advice(min(self.pair_chunk or len(batches[0]), len(batches[0]))),
+            lambda: mean_matching(self.loss_fn, segments, self.pairs, self.pair_chunk, **self.student),
+            lambda: pair_chunk_advice(min(self.pair_chunk or batch, batch)),
         )
         gradient, warnings = self.learner.guard.limit(matching, self.pairs, iteration)
         self.learner.step(gradient)
-        log_iteration(self.log, self.bar, matching, self.learner, start_epoch, iteration)
+        log_iteration(self.log, self.bar, matching, self.learner, segments, iteration)
         for line in warnings:
             tqdm.write(line)
         self.bar.update()
@@ -418,13 +422,13 @@ def keep_if_best(synset: SynSet, results, learner: PairLearner, run: Path) -> No
     learner.evaluated = learner.iteration
 
 
-def log_iteration(log, bar, matching, learner: PairLearner, start_epoch: int, iteration: int) -> None:
+def log_iteration(log, bar, matching, learner: PairLearner, segments, iteration: int) -> None:
     losses = matching.student_losses.tolist()
     values = {
         "Grand_Loss": matching.loss.item(),
         "Image_Loss": matching.image_loss.item(),
         "Text_Loss": matching.text_loss.item(),
-        "Start_Epoch": start_epoch,
+        "Start_Epoch": statistics.mean(segment.start_epoch for segment in segments),
         "Student_Loss_First": losses[0],
         "Student_Loss_Last": losses[-1],
         "Synthetic_LR_Image": learner.pairs.syn_lr_img.item(),

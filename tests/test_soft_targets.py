@@ -215,9 +215,10 @@ def test_a_phase_draws_its_own_pairs_from_its_own_epochs():
     draws = Draws([Epochs()], 0, 10, 4, 2, 2, 3, phases=3, iterations=30)
     subsets, starts = [set(), set(), set()], [set(), set(), set()]
     for iteration in range(30):
-        start, first, target, batches, _ = draws.read(iteration, torch.device("cpu"))
-        assert first["w"].item() == start and target["w"].item() == start + 3
-        subsets[iteration // 10].update(torch.cat(batches).tolist())
+        (segment,) = draws.read(iteration, torch.device("cpu"))
+        start = segment.start_epoch
+        assert segment.start["w"].item() == start and segment.target["w"].item() == start + 3
+        subsets[iteration // 10].update(torch.cat(segment.batches).tolist())
         starts[iteration // 10].add(start)
     assert [sorted(s) for s in subsets] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert starts == [{0, 1}, {1, 2}, {2, 3}]
@@ -226,8 +227,8 @@ def test_a_phase_draws_its_own_pairs_from_its_own_epochs():
 def test_a_phase_of_all_is_no_phase():
     plain, one = Draws([Epochs()], 0, 10, 4, 2, 2, 3), Draws([Epochs()], 0, 10, 4, 2, 2, 3, phases=1, iterations=5)
     for iteration in range(5):
-        left, right = (draws.read(iteration, torch.device("cpu")) for draws in (plain, one))
-        assert left[0] == right[0] and all(map(torch.equal, left[3], right[3]))
+        (left,), (right,) = (draws.read(iteration, torch.device("cpu")) for draws in (plain, one))
+        assert left.start_epoch == right.start_epoch and all(map(torch.equal, left.batches, right.batches))
 
 
 # ---- average of the pairs
@@ -292,7 +293,7 @@ SOFT = ["--loss_type", "WBCE", "--sim_type", "lowrank", "--sim_rank", 2, "--lr_s
 
 
 def test_similarity_is_learned_saved_resumed_and_trained_on(run_distill, tmp_path, capsys):
-    more = [*SOFT, "--ema_decay", 0.5, "--batch_order", "permutation"]
+    more = [*SOFT, "--ema_decay", 0.5, "--batch_order", "permutation", "--segments", 2]
     assert run_distill(tmp_path / "straight", "--Iteration", 3, *more) == 0
     assert run_distill(tmp_path / "parts", "--Iteration", 2, *more) == 0
     assert run_distill(tmp_path / "parts", "--Iteration", 3, *more, "--resume") == 0

@@ -1,4 +1,4 @@
-"""What each iteration draws: an expert, where the student starts, and its mini-batches."""
+"""What each iteration draws: segments of experts' trajectories, and the mini-batches of the students on them."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,24 @@ from utils.phases import phase_rows
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A piece of an expert's trajectory, and what the student's steps from its start are made of.
+
+    Attributes:
+        start_epoch: s.
+        start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
+        batches: indices into the pairs for each step, see `draw_batches`.
+        seed: of the random numbers in the student's steps.
+    """
+
+    start_epoch: int
+    start: dict[str, Tensor]
+    target: dict[str, Tensor]
+    batches: list[Tensor]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Draws:
     """Everything random about an iteration, as a function of the seed and the iteration's number alone.
 
@@ -24,6 +42,7 @@ class Draws:
         batch_order: see `draw_batches`.
         phases: of the pairs, see `utils.phases`; that of number p is drawn alone, its students start p epochs later.
         iterations: all together; each phase has an equal part of them.
+        segments: that an iteration matches.
     """
 
     experts: list
@@ -36,23 +55,27 @@ class Draws:
     batch_order: str = "independent"
     phases: int = 1
     iterations: int = 1
+    segments: int = 1
 
-    def read(self, iteration: int, device: torch.device) -> tuple[int, dict, dict, list[Tensor], int]:
-        """Start epoch, the expert's snapshots there and at the target, batches, and the seed of the student's steps.
+    def read(self, iteration: int, device: torch.device) -> list[Segment]:
+        """The iteration's segments, with snapshots as `to_device` wants them.
 
-        The snapshots are as `to_device` wants them. Raises InputError if they cannot be read.
+        Raises InputError if they cannot be read.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
-        expert = self.experts[torch.randint(len(self.experts), (), generator=generator)]
         phase = min(iteration * self.phases // self.iterations, self.phases - 1)
+        numbers = range(iteration * self.segments, (iteration + 1) * self.segments)
+        return [self._segment(number, phase, device) for number in numbers]
+
+    def _segment(self, number: int, phase: int, device: torch.device) -> Segment:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        expert = self.experts[torch.randint(len(self.experts), (), generator=generator)]
         start_epoch = phase + torch.randint(self.max_start_epoch, (), generator=generator).item()
         rows = phase_rows(self.num_pairs, self.phases)[phase]
         batches = draw_batches(len(rows), self.batch_size, self.steps, generator, self.batch_order)
-        batches = [rows[batch] for batch in batches]
         step_seed = torch.randint(2**40, (), generator=generator).item()
         try:
             epochs = start_epoch, start_epoch + self.expert_epochs
             start, target = (prepare(expert.snapshot(epoch), device) for epoch in epochs)
         except (OSError, SafetensorError) as error:
             raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
-        return start_epoch, start, target, batches, step_seed
+        return Segment(start_epoch, start, target, [rows[batch] for batch in batches], step_seed)

@@ -5,7 +5,7 @@ parameters before step t, ℓ the contrastive loss, g_t = ∇ℓ(θ_t; X_t, Y_t)
 momentum, λ_t = ∂L/∂θ_t where L is the matching loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor
 from data.errors import InputError
 from networks.clip_model import IMAGE_TOWER
 from utils import ranks
+from utils.matching.draws import Segment
 from utils.matching.pairs import Pairs
 from utils.matching.pictures import EmbeddedPictures
+from utils.matching.prefetch import to_device
 from utils.matching.student import ChunkedSteps, Parameters, StudentLoss, WholeSteps
 
 
 @dataclass
 class Matching:
-    """The outcome of one unroll.
+    """The outcome of one unroll, or the mean of several.
 
     Attributes:
         loss: L, the sum of the two normalised distances, a scalar.
@@ -76,8 +78,7 @@ def matching_gradient(
     With momentum, v_{t+1} = μ v_t + g_t and θ_{t+1} = θ_t − β v_{t+1}. Then b_t = λ_{t+1} + μ b_{t+1} takes the
     place of λ_{t+1} in all these products, because g_t moves θ at t and all later steps; no velocity is stored.
 
-    Where the student's image encoder is frozen, each picture of `batches` goes through it once, the steps and the
-    sweep run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels.
+    For a frozen image encoder see `mean_matching`.
 
     Ranks share the pairs of each step (of a frozen image encoder, the pictures) and return the same gradient. With an
     image tower that draws random numbers their shares are whole chunks of `pair_chunk`, so that the numbers are those
@@ -100,15 +101,8 @@ def matching_gradient(
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
-        pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, torch.cat(batches), pair_chunk)
-        embedded = replace(pairs, image_syn=pictures.embed)
-        how = seed, None, momentum, adjoint_decay
-        with ranks.alone():
-            matching = matching_gradient(loss_fn, start, target, embedded, batches, *how)
-        image_syn, *others = matching.gradient.tensors()
-        ranks.take_from_first(others)
-        matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
-        return matching
+        segment = Segment(0, start, target, batches, seed)
+        return mean_matching(loss_fn, [segment], pairs, pair_chunk, momentum, adjoint_decay)
     arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
     batch_size = max(len(batch) for batch in batches)
     unit = check_shares(loss_fn, start, pairs, batch_size, pair_chunk)
@@ -121,6 +115,53 @@ def matching_gradient(
         del final
         gradient = Pairs.of(sweep.back(adjoint))
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
+
+
+def mean_matching(
+    loss_fn: StudentLoss,
+    segments: Sequence[Segment],
+    pairs: Pairs,
+    pair_chunk: int | None = None,
+    momentum: float = 0.0,
+    adjoint_decay: float = 1.0,
+) -> Matching:
+    """The mean over `segments` of the matching loss, the student's losses and the gradient; see `matching_gradient`.
+
+    Where the student's image encoder is frozen, each picture of any segment goes through it once, the steps and the
+    sweeps run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels: then
+    further segments cost little.
+    """
+    pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
+    how = momentum, adjoint_decay
+    if loss_fn.frozen_encoder is None or pairs.image_syn.ndim != 4:
+        return _mean((_matched(segment, loss_fn, pairs, pair_chunk, *how) for segment in segments), len(segments))
+    used = torch.cat([batch for segment in segments for batch in segment.batches])
+    pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk)
+    embedded = replace(pairs, image_syn=pictures.embed)
+    with ranks.alone():
+        matching = _mean((_matched(segment, loss_fn, embedded, None, *how) for segment in segments), len(segments))
+    image_syn, *others = matching.gradient.tensors()
+    ranks.take_from_first(others)
+    matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
+    return matching
+
+
+def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
+    start, target = (to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target))
+    return matching_gradient(loss_fn, start, target, pairs, segment.batches, segment.seed, *how)
+
+
+def _mean(matchings: Iterable[Matching], number: int) -> Matching:
+    sums = None
+    for matching in matchings:
+        losses = matching.loss, matching.image_loss, matching.text_loss, matching.student_losses
+        tensors = [*losses, *matching.gradient.tensors()]
+        if sums is None:
+            sums = tensors
+        else:
+            torch._foreach_add_(sums, tensors)
+    torch._foreach_div_(sums, number)
+    return Matching(*sums[:4], Pairs.of(sums[4:]))
 
 
 def check_shares(loss_fn, params: Parameters, pairs: Pairs, batch_size: int, pair_chunk: int | None) -> int | None:

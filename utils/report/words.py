@@ -36,6 +36,8 @@ def describe(settings: dict) -> list[str]:
         "at an epoch of an expert below {max_start_epoch} and takes {syn_steps} steps on {pairs_a_step} of the "
         "pairs. The pairs move so that it comes nearer to where the expert was {later} later."
     )
+    if settings.get("segments", 1) > 1:
+        told.append("An iteration takes the mean over {segments} such students.")
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
     if settings.get("image_trainable") is False:
