@@ -16,13 +16,10 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
-from networks.loss import LOSS_TYPES
 from utils import cli, ranks
 from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
 from utils.log import open_log
 from utils.matching import (
-    BATCH_ORDERS,
-    OPTIMIZERS,
     Draws,
     OutOfMemory,
     PairLearner,
@@ -36,7 +33,6 @@ from utils.matching import (
     pair_chunk_advice,
 )
 from utils.pictures import picture_grid
-from utils.recipes import RELEASED_STUDENT
 from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
@@ -60,7 +56,6 @@ from utils.setup import (
     retrieval_pairs,
     training_pairs,
 )
-from utils.similarity import SIM_TYPES
 from utils.synset import SynSet, load_synset, save_synset
 
 # What may differ between a run and its continuation.
@@ -68,11 +63,6 @@ FREE_ON_RESUME = {
     *("Iteration", "resume", "save_dir", "name", "disabled_wandb", "draw", "std", "num_workers", "device", "cache_dir"),
     *("image_root", "ann_root", "buffer_path", "pair_chunk", "recipe", "report", "coreset"),
 }
-SEGMENTS_HELP = (
-    "pieces of trajectories that an iteration matches, of which it takes the mean gradient; with a frozen image "
-    "encoder the pictures go through it once for all of them"
-)
-EMA_HELP = "what is scored and saved is an average over iterations with this decay; 0 for the pairs as they are"
 # What runs were made with that lack a setting; their student had the temperature of the experts.
 ADDED = {
     **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
@@ -83,71 +73,7 @@ ADDED = {
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="distill.py", description=__doc__)
-    add = parser.add_argument
-    add("--buffer_path", default="./buffers", help="folder given to buffer.py, or the one the experts lie in")
-    add("--save_dir", default="./runs/distill", help="run folder for sets, pictures and logs")
-    parser.add_bool("resume", False, "continue the run in --save_dir")
-    add("--Iteration", type=cli.number(int, least=0), default=3000, help="distillation iterations")
-    add("--eval_it", type=cli.count, default=50, help="evaluate and save every so many iterations")
-    add("--num_queries", type=cli.count, default=100, help="number of synthetic pairs")
-    add("--mini_batch_size", type=cli.count, default=100, help="pairs per student step, at most num_queries")
-    add("--pair_chunk", type=cli.count, help="pairs per student step in memory at a time; what fits if not given")
-    add("--syn_steps", type=cli.count, default=8, help="student steps per iteration")
-    add("--expert_epochs", type=cli.count, default=1, help="epochs from the student's start to the expert's target")
-    add("--segments", type=cli.count, default=1, help=SEGMENTS_HELP)
-    add("--max_start_epoch", type=cli.count, default=2, help="students start at an epoch below this")
-    add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="sgd",
-        help="of the pairs: sgd as published, or adam, whose rates are relative to the spread of pixels and texts",
-    )
-    add("--lr_img", type=cli.rate, help="rate of the pixels: 1000 with sgd, 0.03 standard deviations with adam")
-    add(
-        "--lr_txt", type=cli.rate, help="rate of the text embeddings: 1000 with sgd, 0.03 standard deviations with adam"
-    )
-    add("--lr_lr", type=cli.rate, help="rate of the learned rates: 0.01 with sgd, 0.02 of their logarithm with adam")
-    add("--lr_sim", type=cli.rate, help="rate of the soft targets: 10 with sgd, 0.03 with adam")
-    add("--ema_decay", type=cli.number(float, least=0, below=1), default=0.0, help=EMA_HELP)
-    add("--lr_teacher_img", type=cli.positive, default=0.1, help="first value of the image tower's learned rate")
-    add("--lr_teacher_txt", type=cli.positive, default=0.1, help="first value of the text tower's learned rate")
-    add(
-        "--student_temperature",
-        type=cli.positive,
-        default=RELEASED_STUDENT,
-        help="temperature of the student's loss; 1 / ln(1 / 0.07), that of the released student, if not given",
-    )
-    add(
-        "--student_momentum",
-        type=cli.number(float, least=0, below=1),
-        default=0.0,
-        help="momentum of the student's steps; evaluation has 0.9",
-    )
-    add(
-        "--adjoint_decay",
-        type=cli.number(float, least=0, most=1),
-        default=1.0,
-        help="how much of an earlier step's effect on the later ones the gradient keeps: 1 is exact, 0 is TESLA's",
-    )
-    add_target_flags(parser)
-    add(
-        "--pix_init",
-        choices=("real", "kmeans", "noise"),
-        default="real",
-        help="pixels start from random real pictures, from those of the pairs nearest to k-means centres (texts too), "
-        "or from noise",
-    )
-    add("--txt_init", choices=("real", "noise"), default="real", help="texts start from the pairs' captions or noise")
-    add("--init_set", metavar="FILE", help="start from the pictures and texts of this set")
-    parser.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
-    parser.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
-    add("--max_files", type=cli.count, help="read at most so many expert files")
-    add("--max_experts", type=cli.count, help="read at most so many experts of a file (released layout)")
-    parser.add_bool("draw", True, "save picture grids with captions")
-    parser.add_bool("report", True, "keep report.html in the run folder up to date: one page of the run")
-    add("--coreset", nargs="+", default=[], metavar="FILE", help="sets that the report compares the pairs with")
-    parser.add_bool("std", True, "log mean and standard deviation over networks as Mean/... and Std/...")
-    parser.add_bool("no_aug", False, "kept for compatibility: synthetic pairs are never augmented")
+    cli.add_distillation_flags(parser)
     cli.add_recipe_flag(parser)
     cli.add_evaluation_flags(parser)
     cli.add_data_flags(parser)
@@ -155,35 +81,6 @@ def parse_args(argv=None):
     cli.add_run_flags(parser)
     cli.add_log_flags(parser)
     return parser.parse(argv, defaults=lambda args: stored_lora(args.buffer_path, vars(args)))
-
-
-def add_target_flags(parser: cli.Parser) -> None:
-    """What later methods add: soft targets, blending, phases, other minibatches and other trajectories to match."""
-    add = parser.add_argument
-    add("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="of the student and of what trains on the pairs")
-    add("--sim_type", choices=SIM_TYPES, default="none", help="learn how alike pairs are: the targets of the loss")
-    add("--sim_rank", type=cli.count, default=10, help="rank of a lowrank similarity")
-    add("--alpha", type=cli.positive, default=3.0, help="a lowrank similarity's product is scaled by alpha / sim_rank")
-    add(
-        "--blend_alpha",
-        type=cli.rate,
-        default=0.0,
-        help="the student mixes the embeddings of each pair with another's by a weight from Beta(a, a); 0 for none",
-    )
-    add("--batch_order", choices=BATCH_ORDERS, default="independent", help="of the pairs over the student's steps")
-    add(
-        "--phases",
-        type=cli.count,
-        default=1,
-        help="learn the pairs in so many parts, one after the other, each with starts an epoch later than the last; "
-        "what trains on the set sees the parts in this order",
-    )
-    add(
-        "--shortcut",
-        type=cli.count,
-        metavar="K",
-        help="match straightened trajectories from an expert's start to epoch K",
-    )
 
 
 @cli.one_line_errors

@@ -4,5 +4,5 @@
 class InputError(Exception):
     """What the user gave cannot be used. The message is one line: what is wrong, where, what to do.
 
-    The scripts print it and exit with code 2, without a traceback (utils/cli.py).
+    The scripts print it and exit with code 2, without a traceback (utils/cli).
     """
