@@ -326,8 +326,8 @@ def test_set_of_real_pairs(sets, method, tiny_data):
         assert {"files", "scores"} <= set(file.metadata())
 
 
-def test_random_set_is_where_distillation_starts(sets, tiny_argv, tiny_experts, tmp_path):
-    argv = ["--buffer_path", str(tiny_experts), "--save_dir", str(tmp_path / "run"), "--num_queries", "5"]
+def test_random_set_is_where_distillation_starts(sets, tiny_argv, experts, tmp_path):
+    argv = ["--buffer_path", str(experts), "--save_dir", str(tmp_path / "run"), "--num_queries", "5"]
     few = ["--Iteration", "0", "--num_eval", "1", "--epoch_eval_train", "1", "--max_start_epoch", "1"]
     assert distill.main([*tiny_argv, *argv, *few, "--disabled_wandb", "--no_report"]) == 0
     start, chosen = load_synset(tmp_path / "run/last.safetensors"), load_synset(sets / "random_5.safetensors")
@@ -357,31 +357,11 @@ def test_features_of_one_modality(run_coreset, sets, tmp_path, features):
 # ---- one modality alone
 
 
-@pytest.fixture(scope="module")
-def tiny_experts(tiny_argv, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    argv = ["--num_experts", "2", "--train_epochs", "1", "--batch_size_train", "60", "--lr_teacher_img", "0.01"]
-    assert buffer.main([*tiny_argv, *argv, "--buffer_path", str(folder), "--disabled_wandb"]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("flag, other", [("image", "text"), ("text", "image")])
-def test_frozen_modality_stays_at_its_start(tiny_argv, tiny_experts, tmp_path, flag, other):
+def test_frozen_modality_stays_at_its_start(run_distill, tmp_path, flag, other):
     learned, frozen = f"{flag}_syn", f"{other}_syn"
-    argv = [*tiny_argv, "--buffer_path", str(tiny_experts), "--save_dir", str(tmp_path), "--disabled_wandb"]
-    argv += [
-        "--no_report",
-        "--num_queries",
-        "6",
-        "--mini_batch_size",
-        "4",
-        "--syn_steps",
-        "2",
-        "--max_start_epoch",
-        "1",
-    ]
-    argv += ["--Iteration", "3", "--eval_it", "3", "--num_eval", "1", "--epoch_eval_train", "1", "--lr_teacher_img"]
-    assert distill.main([*argv, "0.01", f"--{flag}_only"]) == 0
+    quick = "--Iteration", 3, "--eval_it", 3, "--num_eval", 1, "--epoch_eval_train", 1, "--lr_lr", 1e-2
+    assert run_distill(tmp_path, *quick, f"--{flag}_only") == 0
     start, end = (load_synset(tmp_path / f"iteration_00000{i}.safetensors") for i in (0, 3))
     assert torch.equal(getattr(start, frozen), getattr(end, frozen))
     assert not torch.equal(getattr(start, learned), getattr(end, learned))
@@ -402,7 +382,7 @@ def run_evaluate(sets, names, *argv):
     return evaluate.main(["--synset", *paths, "--num_eval", "2", "--epoch_eval_train", "1", *map(str, argv)])
 
 
-def test_table_of_two_sets_and_two_encoders(sets, tiny_experts, tmp_path, capsys, monkeypatch):
+def test_table_of_two_sets_and_two_encoders(sets, experts, tmp_path, capsys, monkeypatch):
     built, read = [], []
     make_factory, retrieval_pairs = evaluate.make_factory, evaluate.retrieval_pairs
     monkeypatch.setattr(
@@ -412,7 +392,7 @@ def test_table_of_two_sets_and_two_encoders(sets, tiny_experts, tmp_path, capsys
     )
     monkeypatch.setattr(evaluate, "retrieval_pairs", lambda *a: read.append(a) or retrieval_pairs(*a))
     files = ["--markdown", tmp_path / "new/table.md", "--json", tmp_path / "new/table.json"]
-    encoders = ["--image_encoder", "test_nfnet", "test_vit", "--no_image_pretrained", "--all_data", tiny_experts]
+    encoders = ["--image_encoder", "test_nfnet", "test_vit", "--no_image_pretrained", "--all_data", experts]
     capsys.readouterr()
     assert run_evaluate(sets, ["random", "herding"], *encoders, *files) == 0
     out = capsys.readouterr().out
@@ -427,7 +407,7 @@ def test_table_of_two_sets_and_two_encoders(sets, tiny_experts, tmp_path, capsys
     assert [row[:3] for row in rows] == [
         ["random_5 (random)", "5", "test_nfnet"],
         ["herding_5 (herding)", "5", "test_nfnet"],
-        ["all data (2 experts, 1 epoch)", "all", "test_nfnet"],
+        ["all data (2 experts, 2 epochs)", "all", "test_nfnet"],
         ["random_5 (random)", "5", "test_vit"],
         ["herding_5 (herding)", "5", "test_vit"],
     ]

@@ -12,29 +12,12 @@ from utils.files import open_tensors, save_tensors
 from utils.scoring.training import NonFiniteLoss
 from utils.synset import load_synset, save_synset
 
-QUICK_BUFFER = ["--num_experts", "1", "--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01"]
-QUICK_DISTILL = [
-    *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--eval_it", "1", "--num_eval", "1"),
-    *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--lr_teacher_img", "0.01"),
-    "--no_draw",
-    "--no_report",
-]
-
 
 @pytest.fixture(scope="module")
-def experts(tiny_argv, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("buffer")
-    assert buffer.main([*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(folder), "--disabled_wandb"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def match(tiny_argv, experts):
-    def run(save_dir, *more):
-        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(experts), "--save_dir", str(save_dir)]
-        return distill.main([*argv, "--disabled_wandb", *map(str, more)])
-
-    return run
+def match(run_distill):
+    """A quick run, evaluated after each iteration."""
+    quick = "--eval_it", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--no_draw"
+    return lambda save_dir, *more: run_distill(save_dir, *quick, *more)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +80,7 @@ def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
     line = stderr_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")
     assert "WANDB_MODE=nonsense" in line and "offline" in line
     assert not (tmp_path / "r").exists()
-    argv = [*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(tmp_path / "b")]
+    argv = [*tiny_argv, "--buffer_path", str(tmp_path / "b")]
     assert "WANDB_MODE=nonsense" in stderr_line(capsys, buffer.main, argv)
     assert not (tmp_path / "b").exists()
 
