@@ -43,13 +43,13 @@ def table(tiny_argv, experts, tmp_path_factory, calls):
         yield start
 
 
-ONE = "--recipes", "lors", "heads", "--gradients", "exact", "--seeds", "0"
+ONE = "--recipes", "lors", "wu2024", "--gradients", "exact", "--seeds", "0"
 
 
 def test_a_row_for_each_recipe_and_what_it_cost(table):
     output = table(*ONE)
     cells = {cell["recipe"]: cell for cell in json.loads((output / "table.json").read_text())}
-    assert set(cells) == {"lors", "heads"}
+    assert set(cells) == {"lors", "wu2024"}
     rows = (output / "table.md").read_text().splitlines()[2:]
     best = max(cells.values(), key=lambda cell: cell["mean"]["r_mean"])
     assert len(rows) == 2 and f"| {best['recipe']} |" in rows[0] and f"{best['mean']['r_mean']:.1f} ±" in rows[0]
@@ -62,11 +62,11 @@ def test_a_row_for_each_recipe_and_what_it_cost(table):
 
 def test_recipes_start_from_the_same_real_pairs(table):
     output = table(*ONE)
-    lors, heads = (
-        load_synset(output / f"{name}_exact_6_0/run/iteration_000000.safetensors") for name in ("lors", "heads")
+    lors, wu = (
+        load_synset(output / f"{name}_exact_6_0/run/iteration_000000.safetensors") for name in ("lors", "wu2024")
     )
-    assert len(lors.captions) == 5 and len(heads.captions) == 6  # the similarity takes the place of a pair
-    assert torch.equal(lors.image_syn, heads.image_syn[:5])
+    assert len(lors.captions) == 5 and len(wu.captions) == 6  # the similarity takes the place of a pair
+    assert torch.equal(lors.image_syn, wu.image_syn[:5])
 
 
 def test_finished_cells_are_kept(table, calls):
@@ -85,7 +85,9 @@ def test_gradients_and_seeds_are_cells():
     given = distill.parse_args([str(flag) for flag in field.flags(cells["lors_TESLA_100_0"], args)])
     assert (given.adjoint_decay, given.num_queries, given.dataset, given.loss_type) == (0, 99, "demo", "WBCE")
     given = distill.parse_args([str(flag) for flag in field.flags(cells["heads_exact_100_1"], args)])
-    assert (given.adjoint_decay, given.num_queries, given.seed, given.optimizer) == (1, 100, 1, "adam")
+    assert (given.adjoint_decay, given.num_queries, given.seed, given.segments) == (1, 99, 1, 4)
+    given = distill.parse_args([str(flag) for flag in field.flags(cells["heads_exact_200_0"], args)])
+    assert (given.num_queries, given.lr_img, given.lr_txt) == (199, 600, 600)
 
 
 def test_a_budget_for_each_number_of_pairs(capsys):

@@ -18,6 +18,7 @@ from utils.scoring.training import train_on_pairs
 from utils.synset import load_synset
 
 HEADS = ["--recipe", "heads"]
+ADAM = ["--optimizer", "adam", "--student_momentum", "0.9", "--lr_teacher_img", "0.03", "--lr_teacher_txt", "0.03"]
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,22 @@ def heads_buffer(run_buffer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_heads(tiny_argv, heads_buffer):
-    """distill.py with the recipe's own outer loop."""
+    """distill.py with Adam outside."""
 
     def run(save_dir, *more):
         quick = ["--num_queries", 6, "--eval_it", 2, "--num_eval", 2, "--epoch_eval_train", 2, "--disabled_wandb"]
-        argv = [*tiny_argv, *HEADS, *quick, "--no_report", "--buffer_path", heads_buffer, "--save_dir", save_dir, *more]
+        argv = [
+            *tiny_argv,
+            *HEADS,
+            *ADAM,
+            *quick,
+            "--no_report",
+            "--buffer_path",
+            heads_buffer,
+            "--save_dir",
+            save_dir,
+            *more,
+        ]
         return distill.main([str(value) for value in argv])
 
     return run
@@ -197,7 +209,7 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
     model = factory.fresh(30)
     images = fit_images(synset, 32, encoder.mean, encoder.std)
     rates = synset.syn_lr_img, synset.syn_lr_txt
-    loss = train_on_pairs(model, images, synset.text_syn, *rates, 3, 4, 0.07, 30)
+    loss = train_on_pairs(model, images, synset.text_syn, *rates, 3, 4, 0.07, 30, synset.loss_type, synset.targets)
     assert result["train_loss"] == pytest.approx(loss, rel=1e-4)
     assert result["r_mean"] == pytest.approx(evaluate_retrieval(model, *retrieval, 5, "cpu")["r_mean"])
 
@@ -231,17 +243,19 @@ def test_frozen_weights_without_a_checkpoint_are_the_same_for_every_seed():
 
 def test_a_recipe_is_a_set_of_defaults():
     heads = distill.parse_args(["--recipe", "heads"])
-    assert (heads.optimizer, heads.student_momentum, heads.student_temperature) == ("adam", 0.9, 0.07)
-    assert (heads.lr_img, heads.lr_txt, heads.lr_lr) == (0.03, 0.03, 0.02)
-    assert heads.mini_batch_size is None and not heads.image_trainable
+    assert (heads.optimizer, heads.loss_type, heads.sim_type, heads.segments) == ("sgd", "WBCE", "lowrank", 4)
+    assert (heads.lr_img, heads.lr_txt, heads.lr_lr, heads.lr_sim) == (300.0, 300.0, 0.01, 10.0)
+    assert heads.mini_batch_size == 20 and not heads.image_trainable
     paper = distill.parse_args([])
     assert (paper.recipe, paper.optimizer, paper.lr_img, paper.lr_lr) == ("wu2024", "sgd", 1000.0, 0.01)
     assert paper.student_temperature == pytest.approx(0.376, abs=1e-3) and paper.student_momentum == 0
-    mixed = distill.parse_args(["--recipe", "heads", "--optimizer", "sgd", "--student_momentum", "0", "--lr_txt", "7"])
-    assert (mixed.lr_img, mixed.lr_txt, mixed.lr_lr, mixed.student_momentum) == (1000.0, 7.0, 0.01, 0.0)
+    mixed = distill.parse_args(["--recipe", "heads", "--student_momentum", "0.9", "--lr_txt", "7"])
+    assert (mixed.lr_img, mixed.lr_txt, mixed.student_momentum) == (300.0, 7.0, 0.9)
+    adam = distill.parse_args(["--recipe", "heads", "--optimizer", "adam", "--lr_txt", "7"])
+    assert (adam.lr_img, adam.lr_txt, adam.lr_sim) == (0.03, 7.0, 0.03)  # a recipe's rates are those of its optimizer
     assert distill.parse_args(["--dataset", "demo"]).recipe == "demo"
     on_demo = distill.parse_args(["--dataset", "demo", "--recipe", "heads"])
-    assert (on_demo.recipe, on_demo.optimizer, on_demo.image_encoder) == ("heads", "adam", "test_nfnet")
-    assert buffer.parse_args(["--recipe", "heads"]).lr_teacher_img == 0.1
+    assert (on_demo.recipe, on_demo.segments, on_demo.image_encoder) == ("heads", 4, "test_nfnet")
+    assert (buffer.parse_args(["--recipe", "heads"]).lr_teacher_img, heads.lr_teacher_img) == (0.1, 0.3)
     with pytest.raises(SystemExit):
         distill.parse_args(["--recipe", "nothing"])

@@ -16,13 +16,10 @@ LORS = {
 RECIPES = {
     "wu2024": {},  # the paper's settings are the flags' own defaults
     "heads": {
+        **LORS,
         **HEADS,
-        "optimizer": "adam",
-        "mini_batch_size": None,  # all pairs
-        "student_momentum": 0.9,
-        "student_temperature": 0.07,
-        "epoch_eval_train": 100,
-        "distill.py": {"lr_teacher_img": 0.03, "lr_teacher_txt": 0.03},
+        **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0},
+        "distill.py": {"lr_teacher_img": 0.3, "lr_teacher_txt": 0.3},
     },
     "lors": LORS,
     "repblend": {**LORS, **HEADS, "blend_alpha": 1.0},

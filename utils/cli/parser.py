@@ -88,14 +88,20 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, default)
 
     def _set_recipe(self, argv):
-        """Defaults of the recipe and of the demo data, which are named on the command line."""
+        """Defaults of the recipe and of the demo data, which are named on the command line.
+
+        A recipe's outer rates are those of its optimizer, SGD; another one has its own.
+        """
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--dataset", nargs="?")
         early.add_argument("--recipe", nargs="?")
+        early.add_argument("--optimizer", nargs="?")
         named = early.parse_known_args(argv)[0]
         known = {action.dest for action in self._actions}
         if named.recipe in (None, *RECIPES):  # another one is refused when all is parsed
             defaults = recipe_defaults(self.prog, named.dataset, named.recipe)
+            if named.optimizer not in (None, self.get_default("optimizer")):
+                defaults = {name: value for name, value in defaults.items() if name not in OUTER_RATES["sgd"]}
             self.set_defaults(**{name: value for name, value in defaults.items() if name in known})
 
     def _nearest(self, flag):
