@@ -24,7 +24,7 @@ from utils.files import save_text
 from utils.scoring import recall_table
 from utils.scoring.retrieval import RECALLS
 
-RECIPES = ("wu2024", "lors", "repblend", "ptmst", "heads")
+RECIPES = ("wu2024", "lors", "repblend", "ptmst", "adam", "heads")
 WITH_SIMILARITY = ("lors", "repblend", "ptmst", "heads")  # S takes the place of one pair
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace

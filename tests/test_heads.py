@@ -251,6 +251,8 @@ def test_a_recipe_is_a_set_of_defaults():
     assert paper.student_temperature == pytest.approx(0.376, abs=1e-3) and paper.student_momentum == 0
     mixed = distill.parse_args(["--recipe", "heads", "--student_momentum", "0.9", "--lr_txt", "7"])
     assert (mixed.lr_img, mixed.lr_txt, mixed.student_momentum) == (300.0, 7.0, 0.9)
+    whole = distill.parse_args(["--recipe", "adam"])
+    assert (whole.optimizer, whole.lr_img, whole.mini_batch_size, whole.image_trainable) == ("adam", 0.03, 25, True)
     adam = distill.parse_args(["--recipe", "heads", "--optimizer", "adam", "--lr_txt", "7"])
     assert (adam.lr_img, adam.lr_txt, adam.lr_sim) == (0.03, 7.0, 0.03)  # a recipe's rates are those of its optimizer
     assert distill.parse_args(["--dataset", "demo"]).recipe == "demo"

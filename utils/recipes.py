@@ -15,6 +15,7 @@ LORS = {
 # A recipe's settings, for each script that has the flag; those under a script's name are for it alone.
 RECIPES = {
     "wu2024": {},  # the paper's settings are the flags' own defaults
+    "adam": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25},
     "heads": {
         **LORS,
         **HEADS,

@@ -51,8 +51,8 @@ def add_recipe_flag(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="a whole set of defaults: wu2024, the paper's, unless --dataset demo; heads, frozen encoders with a "
-        "projection on each side; lors, repblend, ptmst, of later papers; demo",
+        help="a whole set of defaults: wu2024, the paper's, unless --dataset demo; adam, Adam outside; heads, frozen "
+        "encoders with a projection on each side; lors, repblend, ptmst, of later papers; demo",
     )
 
 
