@@ -17,8 +17,8 @@ from utils.matching import (
     guarded,
     matching_gradient,
     prepare,
-    to_device,
 )
+from utils.matching.prefetch import to_device
 
 pytestmark = NEEDS_CARD
 
