@@ -48,13 +48,13 @@ def test_resumed_run_is_the_straight_one(run_on_card, tmp_path, monkeypatch):
 
 def test_full_memory_names_the_flag_and_the_run_can_go_on(run_on_card, tmp_path, capsys, monkeypatch):
     """Batches of 4 pairs; the card is really full in the second iteration."""
-    real, calls = distill.matching_gradient, []
+    real, calls = distill.mean_matching, []
 
     def second_is_full(*args, **student):
         calls.append(args)
         return (real if len(calls) == 1 else fill_the_card)(*args, **student)
 
-    monkeypatch.setattr(distill, "matching_gradient", second_is_full)
+    monkeypatch.setattr(distill, "mean_matching", second_is_full)
     assert run_on_card(tmp_path, "--Iteration", 3, "--pair_chunk", 4) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == "error: CUDA is out of memory; give --pair_chunk 2"
     monkeypatch.undo()

@@ -53,13 +53,13 @@ def test_guarded_frees_what_the_failed_call_held():
 )
 def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, capsys, monkeypatch, flags, advice):
     """Batches of 4 pairs; memory runs out in the second iteration."""
-    real, calls = distill.matching_gradient, []
+    real, calls = distill.mean_matching, []
 
     def second_is_full(*args, **student):
         calls.append(args)
         return real(*args, **student) if len(calls) == 1 else full()
 
-    monkeypatch.setattr(distill, "matching_gradient", second_is_full)
+    monkeypatch.setattr(distill, "mean_matching", second_is_full)
     assert run_distill(tmp_path / "run", "--Iteration", 4, *flags) == 2
     out, err = capsys.readouterr()
     assert err.strip().splitlines()[-1] == f"error: CUDA is out of memory; give --pair_chunk {advice.split()[-1]}"
