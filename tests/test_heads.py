@@ -34,18 +34,8 @@ def run_heads(tiny_argv, heads_buffer):
 
     def run(save_dir, *more):
         quick = ["--num_queries", 6, "--eval_it", 2, "--num_eval", 2, "--epoch_eval_train", 2, "--disabled_wandb"]
-        argv = [
-            *tiny_argv,
-            *HEADS,
-            *ADAM,
-            *quick,
-            "--no_report",
-            "--buffer_path",
-            heads_buffer,
-            "--save_dir",
-            save_dir,
-            *more,
-        ]
+        paths = ["--no_report", "--buffer_path", heads_buffer, "--save_dir", save_dir]
+        argv = [*tiny_argv, *HEADS, *ADAM, *quick, *paths, *more]
         return distill.main([str(value) for value in argv])
 
     return run
