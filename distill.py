@@ -27,12 +27,14 @@ from utils.matching import (
     Prefetch,
     StudentLoss,
     check_shares,
+    fit_first_rates,
     fit_pair_chunk,
     guarded,
     mean_matching,
     pair_chunk_advice,
 )
 from utils.pictures import picture_grid
+from utils.recipes import FIT
 from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
@@ -131,16 +133,8 @@ class Distillation:
         self.validation, self.test = (embedded_once(split, self.judge, args.batch_size_test) for split in scored)
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
         ranks.take_from_first(self.pairs.tensors())
-        lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
-        rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
-        self.learner = PairLearner(self.pairs, *rates, args.ema_decay)
-        if args.resume:
-            free = FREE_ON_RESUME - {"Iteration"} if args.phases > 1 else FREE_ON_RESUME  # a phase is a part of them
-            added = {**ADDED, "student_temperature": args.temperature}
-            self.learner.load(self.folder / "state.safetensors", vars(args), free, added)
-            check_progress(self.folder, self.learner.iteration, args.Iteration)
 
-        # The student, what it reads ahead, the page and the log.
+        # The student, and what it reads ahead.
         how = args.student_temperature, args.loss_type, args.alpha, args.blend_alpha
         self.loss_fn = StudentLoss(model, *how)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
@@ -152,6 +146,20 @@ class Distillation:
         of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration, args.segments
         draws = Draws(ways, args.seed, *of_student)
         self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)
+
+        # The learner, which moves the pairs from the first ones or from where the run was.
+        if not args.resume:
+            self.fit_first_rates(draws.read(0, device))
+        lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
+        rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
+        self.learner = PairLearner(self.pairs, *rates, args.ema_decay)
+        if args.resume:
+            free = FREE_ON_RESUME - {"Iteration"} if args.phases > 1 else FREE_ON_RESUME  # a phase is a part of them
+            added = {**ADDED, "student_temperature": args.temperature}
+            self.learner.load(self.folder / "state.safetensors", vars(args), free, added)
+            check_progress(self.folder, self.learner.iteration, args.Iteration)
+
+        # The page and the log.
         compared = factory, self.judge, experts, args.coreset
         texts = self.real.captions, self.real_embed
         sources = Sources(command, vars(args), *texts, self.validation, self.test, *compared)
@@ -165,6 +173,25 @@ class Distillation:
             disable=None if ranks.is_first() else True,
         )
 
+    def guarded_matching(self, function, segments, *problem):
+        """`function` of the student on `segments`; says what to do where memory is full."""
+        batch = len(segments[0].batches[0])
+        return guarded(
+            lambda: function(self.loss_fn, segments, *problem, self.pair_chunk, **self.student),
+            lambda: pair_chunk_advice(min(self.pair_chunk or batch, batch)),
+        )
+
+    def fit_first_rates(self, segments) -> None:
+        """Chooses the first rates that are to fit, if any, on the segments of the first iteration."""
+        given = {"syn_lr_img": self.args.lr_teacher_img, "syn_lr_txt": self.args.lr_teacher_txt}
+        names = [name for name, rate in given.items() if rate == FIT]
+        if not names:
+            return
+        rate = self.guarded_matching(fit_first_rates, segments, self.pairs, names)
+        for name in names:
+            getattr(self.pairs, name).fill_(rate)
+        print(f"first student rate, fitted: {rate:.3g}")
+
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""
         iteration = self.learner.iteration
@@ -175,11 +202,7 @@ class Distillation:
         """One iteration: student and expert, the gradient of the matching loss, a step of the pairs."""
         iteration = self.learner.iteration
         segments = self.prefetch.take(iteration)
-        batch = len(segments[0].batches[0])
-        matching = guarded(
-            lambda: mean_matching(self.loss_fn, segments, self.pairs, self.pair_chunk, **self.student),
-            lambda: pair_chunk_advice(min(self.pair_chunk or batch, batch)),
-        )
+        matching = self.guarded_matching(mean_matching, segments, self.pairs)
         gradient, warnings = self.learner.guard.limit(matching, self.pairs, iteration)
         self.learner.step(gradient)
         log_iteration(self.log, self.bar, matching, self.learner, segments, iteration)

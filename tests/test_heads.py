@@ -248,6 +248,6 @@ def test_a_recipe_is_a_set_of_defaults():
     assert distill.parse_args(["--dataset", "demo"]).recipe == "demo"
     on_demo = distill.parse_args(["--dataset", "demo", "--recipe", "heads"])
     assert (on_demo.recipe, on_demo.segments, on_demo.image_encoder) == ("heads", 4, "test_nfnet")
-    assert (buffer.parse_args(["--recipe", "heads"]).lr_teacher_img, heads.lr_teacher_img) == (0.1, 0.3)
+    assert (buffer.parse_args(["--recipe", "heads"]).lr_teacher_img, heads.lr_teacher_img) == (0.1, "fit")
     with pytest.raises(SystemExit):
         distill.parse_args(["--recipe", "nothing"])

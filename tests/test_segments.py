@@ -3,26 +3,17 @@
 import pytest
 import torch
 
-from tests.unroll import BATCH_SIZE, NUM_PAIRS, Problem, check_matching, unroll_gradient
-from utils.matching import Draws, Pairs, Segment, draw_batches, mean_matching
+from tests.unroll import Problem, check_matching, unroll_gradient
+from utils.matching import Draws, Pairs, mean_matching
 
 NUMBER, STEPS = 3, 3
-
-
-def segments_of(problem):
-    """Each has its own target, batches and random numbers."""
-    generator = torch.Generator().manual_seed(5)
-    for number in range(NUMBER):
-        target = {name: value + 0.01 * number for name, value in problem.target.items()}
-        batches = draw_batches(NUM_PAIRS, BATCH_SIZE, STEPS, generator)
-        yield Segment(number, problem.start, target, batches, seed=number)
 
 
 @pytest.mark.parametrize("pair_chunk", [None, 2])
 @pytest.mark.parametrize("problem", [{}, {"freeze": "image_encoder", "image_projection": True}])
 def test_the_mean_of_unrolls(problem, pair_chunk):
     problem = Problem("test_nfnet", **problem)
-    segments = list(segments_of(problem))
+    segments = problem.segments(NUMBER, STEPS)
     unrolled = []
     for segment in segments:
         arguments = problem.loss_fn, segment.start, segment.target, problem.pairs, segment.batches, segment.seed
@@ -40,7 +31,7 @@ def test_a_frozen_encoder_sees_a_picture_once_for_all_segments(number):
     problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True)
     encoder, seen = problem.loss_fn.frozen_encoder, []
     problem.loss_fn.frozen_encoder = lambda images: seen.append(len(images)) or encoder(images)
-    segments = list(segments_of(problem)) * number
+    segments = problem.segments(NUMBER, STEPS) * number
     mean_matching(problem.loss_fn, segments, problem.pairs)
     assert sum(seen) == len(torch.cat([batch for segment in segments for batch in segment.batches]).unique())
 

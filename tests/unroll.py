@@ -5,7 +5,7 @@ import torch
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import add_lora
-from utils.matching import Pairs, StudentLoss, draw_batches, matching_gradient
+from utils.matching import Pairs, Segment, StudentLoss, draw_batches, matching_gradient
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
@@ -115,6 +115,13 @@ class Problem:
     def arguments(self, steps, seed=7, batch_size=BATCH_SIZE):
         batches = draw_batches(NUM_PAIRS, batch_size, steps, torch.Generator().manual_seed(3))
         return self.loss_fn, self.start, self.target, self.pairs, batches, seed
+
+    def segments(self, number, steps):
+        """Each has its own target, batches and random numbers."""
+        generator = torch.Generator().manual_seed(5)
+        drawn = [draw_batches(NUM_PAIRS, BATCH_SIZE, steps, generator) for _ in range(number)]
+        targets = [{name: value + 0.01 * i for name, value in self.target.items()} for i in range(number)]
+        return [Segment(i, self.start, targets[i], drawn[i], seed=i) for i in range(number)]
 
 
 def check_chunks(arguments, pair_chunk, expected=None, **student):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+FIT = "fit"  # in the place of a first student rate, see `utils.matching.fit_first_rates`
 RELEASED_STUDENT = 0.376  # 1 / ln(1 / 0.07): the released student's scale is not exponentiated
 
 HEADS = {"image_trainable": False, "only_has_image_projection": True}
@@ -20,7 +21,7 @@ RECIPES = {
         **LORS,
         **HEADS,
         **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0},
-        "distill.py": {"lr_teacher_img": 0.3, "lr_teacher_txt": 0.3},
+        "distill.py": {"lr_teacher_img": FIT, "lr_teacher_txt": FIT},
     },
     "lors": LORS,
     "repblend": {**LORS, **HEADS, "blend_alpha": 1.0},

@@ -26,6 +26,7 @@ from networks.lora import Lora
 from networks.text_encoder import TextEncoder
 from utils import ranks
 from utils.matching import Pairs
+from utils.recipes import FIT
 from utils.scoring import EmbedLoader, embed_images, embed_views, kmeans, pair_features, random_rows
 from utils.similarity import initial_similarity
 from utils.synset import SynSet, load_synset
@@ -193,7 +194,8 @@ def initial_pairs(args, real: PairDataset, real_embed, encoder, device) -> Pairs
         image_syn = torch.randn(args.num_queries, 3, args.image_size, args.image_size, generator=generator)
     if args.txt_init == "noise":
         text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
-    rates = torch.tensor(args.lr_teacher_img), torch.tensor(args.lr_teacher_txt)
+    given = args.lr_teacher_img, args.lr_teacher_txt
+    rates = (torch.tensor(1.0 if rate == FIT else rate) for rate in given)  # fitted when experts and student are known
     similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
     image_syn = image_syn.to(device, memory_format=torch.channels_last)
     return Pairs.of([image_syn, *(tensor.to(device) for tensor in (text_syn, *rates, *similarity))])

@@ -1,7 +1,7 @@
 """Flags of distill.py alone."""
 
 from networks.loss import LOSS_TYPES
-from utils.cli.parser import Parser, count, number, positive, rate
+from utils.cli.parser import Parser, count, number, positive, positive_or_fit, rate
 from utils.matching import BATCH_ORDERS, OPTIMIZERS
 from utils.recipes import RELEASED_STUDENT
 from utils.similarity import SIM_TYPES
@@ -10,6 +10,7 @@ SEGMENTS_HELP = (
     "pieces of trajectories that an iteration matches, of which it takes the mean gradient; with a frozen image "
     "encoder the pictures go through it once for all of them"
 )
+FIRST_RATE_HELP = "first value of the %s tower's learned rate; fit for the largest with which students do not go astray"
 EMA_HELP = "what is scored and saved is an average over iterations with this decay; 0 for the pairs as they are"
 
 
@@ -38,8 +39,8 @@ def add_distillation_flags(parser: Parser) -> None:
     add("--lr_lr", type=rate, help="rate of the learned rates: 0.01 with sgd, 0.02 of their logarithm with adam")
     add("--lr_sim", type=rate, help="rate of the soft targets: 10 with sgd, 0.03 with adam")
     add("--ema_decay", type=number(float, least=0, below=1), default=0.0, help=EMA_HELP)
-    add("--lr_teacher_img", type=positive, default=0.1, help="first value of the image tower's learned rate")
-    add("--lr_teacher_txt", type=positive, default=0.1, help="first value of the text tower's learned rate")
+    add("--lr_teacher_img", type=positive_or_fit, default=0.1, help=FIRST_RATE_HELP % "image")
+    add("--lr_teacher_txt", type=positive_or_fit, default=0.1, help=FIRST_RATE_HELP % "text")
     add(
         "--student_temperature",
         type=positive,

@@ -7,7 +7,7 @@ import json
 import sys
 
 from utils import ranks
-from utils.recipes import OUTER_RATES, RECIPES, recipe_defaults
+from utils.recipes import FIT, OUTER_RATES, RECIPES, recipe_defaults
 
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (
@@ -143,6 +143,13 @@ def number(kind, least=None, above=None, below=None, most=None):
 count = number(int, least=1)
 rate = number(float, least=0)
 positive = number(float, above=0)
+
+
+def positive_or_fit(text: str) -> float | str:
+    try:
+        return text if text == FIT else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; give a number above 0 or {FIT}") from None
 
 
 def key_value(text: str) -> tuple:

@@ -1,6 +1,7 @@
 """The method: pairs that are learned, the student's steps, the sweep back through them, the outer optimizer."""
 
 from utils.matching.draws import Draws, Segment
+from utils.matching.first_rates import fit_first_rates
 from utils.matching.learner import OPTIMIZERS, PairLearner
 from utils.matching.memory import OutOfMemory, fit_pair_chunk, guarded, pair_chunk_advice
 from utils.matching.pairs import BATCH_ORDERS, Pairs, draw_batches

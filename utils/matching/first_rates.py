@@ -1,0 +1,52 @@
+"""First values of the student's learned rates that fit the encoders and the data."""
+
+import bisect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from utils import ranks
+from utils.matching.draws import Segment
+from utils.matching.pairs import Pairs
+from utils.matching.pictures import EmbeddedPictures
+from utils.matching.student import StudentLoss
+from utils.matching.sweep import matching_loss, mean_matching
+
+RATES = [10 ** (step / 8) for step in range(-40, 9)]  # 1e-5 to 10
+MARGIN = 1.05  # of the matching loss of students that stay put
+
+
+def fit_first_rates(
+    loss_fn: StudentLoss,
+    segments: Sequence[Segment],
+    pairs: Pairs,
+    names: Sequence[str],
+    pair_chunk: int | None = None,
+    **student,
+) -> float:
+    """The largest of `RATES` at which students on the first pairs do not go astray.
+
+    Astray is a mean matching loss over `segments` above `MARGIN` times that of students that stay put. With larger
+    rates the first gradients explode, with smaller ones the students hardly move.
+
+    Args:
+        names: of the rates that have it, "syn_lr_img" or "syn_lr_txt" or both; the other one keeps its value.
+        pair_chunk, student: see `matching_gradient`.
+    """
+    staying = sum(sum(matching_loss(s.start, s.start, s.target)) for s in segments).item() / len(segments)
+    is_embedded = loss_fn.frozen_encoder is not None
+    if is_embedded:
+        used = torch.cat([batch for segment in segments for batch in segment.batches])
+        pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk)
+        pairs = replace(pairs, image_syn=pictures.embed)
+
+    def goes_astray(rate: float) -> bool:
+        rates = {name: torch.full_like(getattr(pairs, name), rate) for name in names}
+        with ranks.alone() if is_embedded else nullcontext():
+            loss = mean_matching(loss_fn, segments, replace(pairs, **rates), pair_chunk, **student).loss
+        ranks.take_from_first([loss])
+        return not loss <= MARGIN * staying  # so that one that is not a number goes astray
+
+    return RATES[max(0, bisect.bisect_left(RATES, True, key=goes_astray) - 1)]
