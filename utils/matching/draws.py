@@ -62,7 +62,7 @@ class Draws:
 
         Raises InputError if they cannot be read.
         """
-        phase = min(iteration * self.phases // self.iterations, self.phases - 1)
+        phase = min(iteration * self.phases // max(1, self.iterations), self.phases - 1)
         numbers = range(iteration * self.segments, (iteration + 1) * self.segments)
         return [self._segment(number, phase, device) for number in numbers]
 
