@@ -187,10 +187,9 @@ class Distillation:
         names = [name for name, rate in given.items() if rate == FIT]
         if not names:
             return
-        rate = self.guarded_matching(fit_first_rates, segments, self.pairs, names)
-        for name in names:
+        for name, rate in self.guarded_matching(fit_first_rates, segments, self.pairs, names).items():
             getattr(self.pairs, name).fill_(rate)
-        print(f"first student rate, fitted: {rate:.3g}")
+        print(f"first student rates, fitted: {self.pairs.syn_lr_img:.3g} {self.pairs.syn_lr_txt:.3g}")
 
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""

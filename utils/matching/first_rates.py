@@ -1,4 +1,4 @@
-"""First values of the student's learned rates that fit the encoders and the data."""
+"""First values of the student's learned rates that fit what trains, the encoders and the data."""
 
 import bisect
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from utils.matching.draws import Segment
 from utils.matching.pairs import Pairs
 from utils.matching.pictures import EmbeddedPictures
 from utils.matching.student import StudentLoss
-from utils.matching.sweep import matching_loss, mean_matching
+from utils.matching.sweep import matching_loss, mean_matching, towers
 
 RATES = [10 ** (step / 8) for step in range(-40, 9)]  # 1e-5 to 10
 MARGIN = 1.05  # of the matching loss of students that stay put
@@ -25,14 +25,15 @@ def fit_first_rates(
     names: Sequence[str],
     pair_chunk: int | None = None,
     **student,
-) -> float:
-    """The largest of `RATES` at which students on the first pairs do not go astray.
+) -> dict[str, float]:
+    """First rates by name, the largest of `RATES` at which students on the first pairs do not go astray.
 
     Astray is a mean matching loss over `segments` above `MARGIN` times that of students that stay put. With larger
-    rates the first gradients explode, with smaller ones the students hardly move.
+    rates the first gradients explode, with smaller ones the students hardly move. Two rates are raised together as far
+    as they can be, then each by itself: a whole image encoder bears far less than a projection of texts.
 
     Args:
-        names: of the rates that have it, "syn_lr_img" or "syn_lr_txt" or both; the other one keeps its value.
+        names: of the rates to fit, "syn_lr_img" or "syn_lr_txt" or both; the other one keeps its value.
         pair_chunk, student: see `matching_gradient`.
     """
     staying = sum(sum(matching_loss(s.start, s.start, s.target)) for s in segments).item() / len(segments)
@@ -42,11 +43,19 @@ def fit_first_rates(
         pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk)
         pairs = replace(pairs, image_syn=pictures.embed)
 
-    def goes_astray(rate: float) -> bool:
-        rates = {name: torch.full_like(getattr(pairs, name), rate) for name in names}
+    def go_astray(rates: dict[str, float]) -> bool:
+        tensors = {name: torch.full_like(getattr(pairs, name), rate) for name, rate in rates.items()}
         with ranks.alone() if is_embedded else nullcontext():
-            loss = mean_matching(loss_fn, segments, replace(pairs, **rates), pair_chunk, **student).loss
+            loss = mean_matching(loss_fn, segments, replace(pairs, **tensors), pair_chunk, **student).loss
         ranks.take_from_first([loss])
         return not loss <= MARGIN * staying  # so that one that is not a number goes astray
 
-    return RATES[max(0, bisect.bisect_left(RATES, True, key=goes_astray) - 1)]
+    def raised(rates: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+        higher = [{**rates, **dict.fromkeys(names, rate)} for rate in RATES if rate >= rates.get(names[0], 0)]
+        return higher[max(0, bisect.bisect_left(higher, True, key=go_astray) - 1)]
+
+    rates = raised({}, names)
+    for name, tower in zip(("syn_lr_img", "syn_lr_txt"), towers(segments[0].start), strict=True):
+        if name in names and tower:  # no rate is too large for a tower that does not train
+            rates = raised(rates, [name])
+    return rates

@@ -45,7 +45,7 @@ def matching_loss(student: Parameters, start: Parameters, target: Parameters) ->
     A tower without parameters, or one that the expert did not move, counts 0.
     """
     losses = []
-    for names in _towers(student):
+    for names in towers(student):
         if not names:
             losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(student.values())).device))
             continue
@@ -243,7 +243,8 @@ def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):
     return image_loss.detach(), text_loss.detach(), adjoint
 
 
-def _towers(params: Parameters) -> tuple[list[str], list[str]]:
+def towers(params: Parameters) -> tuple[list[str], list[str]]:
+    """The names of the image tower's parameters, and of the text tower's."""
     image = [name for name in params if name.startswith(IMAGE_TOWER)]
     return image, [name for name in params if name not in set(image)]
 
