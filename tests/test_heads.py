@@ -243,6 +243,7 @@ def test_a_recipe_is_a_set_of_defaults():
     assert (mixed.lr_img, mixed.lr_txt, mixed.student_momentum) == (300.0, 7.0, 0.9)
     whole = distill.parse_args(["--recipe", "adam"])
     assert (whole.optimizer, whole.lr_img, whole.mini_batch_size, whole.image_trainable) == ("adam", 0.03, 25, True)
+    assert (whole.lr_teacher_img, whole.lr_teacher_txt) == ("fit", "fit")
     adam = distill.parse_args(["--recipe", "heads", "--optimizer", "adam", "--lr_txt", "7"])
     assert (adam.lr_img, adam.lr_txt, adam.lr_sim) == (0.03, 7.0, 0.03)  # a recipe's rates are those of its optimizer
     assert distill.parse_args(["--dataset", "demo"]).recipe == "demo"

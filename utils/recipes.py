@@ -5,6 +5,7 @@ from pathlib import Path
 FIT = "fit"  # in the place of a first student rate, see `utils.matching.fit_first_rates`
 RELEASED_STUDENT = 0.376  # 1 / ln(1 / 0.07): the released student's scale is not exponentiated
 
+FITTED = {"lr_teacher_img": FIT, "lr_teacher_txt": FIT}
 HEADS = {"image_trainable": False, "only_has_image_projection": True}
 # Of LoRS for 100 pairs of Flickr30K (Xu et al., ICML 2024); 99 pairs, as the similarity takes the place of one.
 LORS = {
@@ -16,12 +17,12 @@ LORS = {
 # A recipe's settings, for each script that has the flag; those under a script's name are for it alone.
 RECIPES = {
     "wu2024": {},  # the paper's settings are the flags' own defaults
-    "adam": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25},
+    "adam": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, "distill.py": FITTED},
     "heads": {
         **LORS,
         **HEADS,
         **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0},
-        "distill.py": {"lr_teacher_img": FIT, "lr_teacher_txt": FIT},
+        "distill.py": FITTED,
     },
     "lors": LORS,
     "repblend": {**LORS, **HEADS, "blend_alpha": 1.0},
