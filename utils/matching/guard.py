@@ -105,7 +105,8 @@ class Guard:
 
 
 _ADVICE = (
-    "lower --lr_teacher_img, --lr_teacher_txt or --syn_steps, raise --student_temperature, or use --optimizer adam"
+    "fit or lower --lr_teacher_img and --lr_teacher_txt, lower --syn_steps, raise --student_temperature, or use "
+    "--optimizer adam"
 )
 
 
