@@ -39,8 +39,9 @@ def test_two_ranks_make_the_run_of_one_which_may_resume_it(argv, straight, run_d
 
 
 def test_a_killed_rank_ends_the_run_which_resumes(argv, run_distill, metrics, tmp_path):
-    folder = tmp_path / "run"
-    run = Ranks(tmp_path / "printed", 2, distill.main, [*argv, "--Iteration", "2000"])
+    """The first rates were fitted by both ranks, to what one process finds."""
+    folder, fit = tmp_path / "run", ["--lr_teacher_img", "fit"]
+    run = Ranks(tmp_path / "printed", 2, distill.main, [*argv, *fit, "--Iteration", "2000"])
     while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
         time.sleep(0.05)
         assert all(process.is_alive() for process in run.processes)
@@ -53,5 +54,8 @@ def test_a_killed_rank_ends_the_run_which_resumes(argv, run_distill, metrics, tm
     assert line.startswith("error: a rank was lost") and "--resume" in line
     done = load_synset(folder / "last.safetensors").settings["iteration"]
     assert done >= 1 and f"stopped at iteration {done}" in first.out
-    assert run_distill(folder, "--Iteration", done + 1, "--resume") == 0
+    assert run_distill(folder, *fit, "--Iteration", done + 1, "--resume") == 0
     assert load_synset(folder / "last.safetensors").settings["iteration"] == done + 1
+    assert run_distill(tmp_path / "one", *fit, "--Iteration", 0) == 0
+    sets = [load_synset(path / "iteration_000000.safetensors") for path in (folder, tmp_path / "one")]
+    assert sets[0].syn_lr_img == sets[1].syn_lr_img != 0.01
