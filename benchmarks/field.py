@@ -203,10 +203,11 @@ def draw_curves(done: list[dict], path: Path) -> None:
     sizes = sorted({cell["pairs"] for cell in done})
     if not sizes:
         return
+    exact_first = sorted(done, key=lambda cell: cell["gradient"] != "exact")  # the labels are of the first lines
     figure = Figure(figsize=(1 + 4 * len(sizes), 4), layout="constrained")
     for axes, pairs in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         labelled = set()
-        for cell in (cell for cell in done if cell["pairs"] == pairs):
+        for cell in (cell for cell in exact_first if cell["pairs"] == pairs):
             recipe, style = cell["recipe"], "-" if cell["gradient"] == "exact" else "--"
             label = None if recipe in labelled else recipe
             axes.plot(*zip(*cell["curve"], strict=True), style, color=f"C{RECIPES.index(recipe)}", label=label)
