@@ -127,7 +127,9 @@ def number(kind, least=None, above=None, below=None, most=None):
         except ValueError:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
-        if value != value or (least is not None and value < least):
+        if value != value:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+        if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} must be above {above}")
