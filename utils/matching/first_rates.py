@@ -55,7 +55,8 @@ def fit_first_rates(
         return higher[max(0, bisect.bisect_left(higher, True, key=go_astray) - 1)]
 
     rates = raised({}, names)
-    for name, tower in zip(("syn_lr_img", "syn_lr_txt"), towers(segments[0].start), strict=True):
-        if name in names and tower:  # no rate is too large for a tower that does not train
-            rates = raised(rates, [name])
+    if len(names) > 1:
+        for name, tower in zip(("syn_lr_img", "syn_lr_txt"), towers(segments[0].start), strict=True):
+            if tower:  # no rate is too large for a tower that does not train
+                rates = raised(rates, [name])
     return rates
