@@ -1,6 +1,7 @@
 """A tiny data set and the command line that goes with it, shared by the tests."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,9 @@ QUICK_DISTILL = [
     *("--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1", "--disabled_wandb"),
 ]
 ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; the order of sums depends on it
+torch.set_num_threads(1)  # more only slow networks this small down
 
 
 @pytest.fixture(scope="session")
