@@ -29,7 +29,7 @@ WITH_SIMILARITY = ("lors", "repblend", "ptmst", "heads")  # S takes the place of
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace
 LOOKS = 4  # evaluations on validation, beside the one at the start
-# Settings that change with the number of pairs, as published for Flickr30K by LoRS, RepBlend and PTM-ST.
+# Settings that change with the number of pairs, as published for Flickr30K by LoRS, RepBlend and PTM-ST; ours.
 OF_LORS = {
     200: {"lr_img": 1000, "lr_txt": 1000, "sim_rank": 5, "alpha": 1},
     500: {"lr_img": 1000, "lr_txt": 1000, "lr_sim": 100, "sim_rank": 20, "alpha": 0.01, "mini_batch_size": 40},
@@ -38,7 +38,10 @@ OF_SIZE = {
     "lors": OF_LORS,
     "repblend": OF_LORS,
     "ptmst": {200: {"phases": 2}, 500: {"phases": 2, "mini_batch_size": 40}},
-    "heads": {pairs: {"lr_img": 3 * pairs, "lr_txt": 3 * pairs} for pairs in (200, 500)},
+    "heads": {
+        200: {**OF_LORS[200], "segments": 2},
+        500: {**OF_LORS[500], "segments": 2, "lr_teacher_img": 0.1, "lr_teacher_txt": 0.1},
+    },
 }
 ROOT = Path(__file__).parents[1]
 

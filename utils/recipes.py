@@ -21,7 +21,7 @@ RECIPES = {
     "heads": {
         **LORS,
         **HEADS,
-        **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0},
+        **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9},
         "distill.py": FITTED,
     },
     "lors": LORS,
