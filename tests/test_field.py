@@ -87,7 +87,7 @@ def test_gradients_and_seeds_are_cells():
     given = distill.parse_args([str(flag) for flag in field.flags(cells["heads_exact_100_1"], args)])
     assert (given.adjoint_decay, given.num_queries, given.seed, given.segments) == (1, 99, 1, 4)
     given = distill.parse_args([str(flag) for flag in field.flags(cells["heads_exact_200_0"], args)])
-    assert (given.num_queries, given.lr_img, given.lr_txt) == (199, 600, 600)
+    assert (given.num_queries, given.segments, given.lr_img, given.lr_txt, given.sim_rank) == (199, 2, 1000, 1000, 5)
 
 
 def test_a_budget_for_each_number_of_pairs(capsys):
