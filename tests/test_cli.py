@@ -98,6 +98,13 @@ def test_unused_flags_are_one_warning_and_not_in_the_help(name, capsys):
     assert not [flag for flag in cli.UNUSED_FLAGS if flag not in vars(args) and f"--{flag} " in text]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("script", [buffer, distill])
+def test_a_recipe_gives_no_flag_without_effect(script, recipe, capsys):
+    script.parse_args(["--recipe", recipe])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_warning_without_unused_flags(name, capsys, synset_file):
     SCRIPTS[name].parse_args(["--synset", synset_file] if name == "evaluate" else [])

@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
         Args:
             defaults: function from what was parsed to a dict of other defaults; then it is parsed again.
         """
+        argv = sys.argv[1:] if argv is None else list(argv)
+        self._set_recipe(argv)
         unused = [name for name in UNUSED_FLAGS if f"--{name}" not in self._option_string_actions]
         for name in unused:
             self.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
-        argv = sys.argv[1:] if argv is None else list(argv)
-        self._set_recipe(argv)
         args, unknown = self.parse_known_args(argv)
         if defaults and not unknown:
             self.set_defaults(**defaults(args))
