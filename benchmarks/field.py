@@ -29,7 +29,8 @@ WITH_SIMILARITY = ("lors", "repblend", "ptmst", "heads")  # S takes the place of
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace
 LOOKS = 4  # evaluations on validation, beside the one at the start
-# Settings that change with the number of pairs, as published for Flickr30K by LoRS, RepBlend and PTM-ST; ours.
+# Settings that change with the number of pairs: as published for Flickr30K by LoRS, RepBlend and PTM-ST, and what was
+# found for `heads` (docs/methods.md).
 OF_LORS = {
     200: {"lr_img": 1000, "lr_txt": 1000, "sim_rank": 5, "alpha": 1},
     500: {"lr_img": 1000, "lr_txt": 1000, "lr_sim": 100, "sim_rank": 20, "alpha": 0.01, "mini_batch_size": 40},
