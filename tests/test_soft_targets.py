@@ -248,15 +248,16 @@ def test_average_of_the_pairs_over_the_steps(optimizer, tmp_path):
         learner.step(Pairs.of(torch.randn(t.shape, generator=generator) for t in learner.pairs.tensors()))
 
     straight = make()
-    expected = {name: tensor.clone() for name, tensor in straight.pairs.named().items()}
+    passed = []
     for number in range(4):
         step(straight, number)
-        for name, tensor in straight.pairs.named().items():
-            expected[name] = 0.8 * expected[name] + 0.2 * tensor.detach()
+        passed.append({name: tensor.detach().clone() for name, tensor in straight.pairs.named().items()})
         if number == 1:
             straight.save(tmp_path / "state.safetensors", {})
+    weights = [0.8**3, 0.8**2, 0.8, 1]
     for name, tensor in straight.averaged.named().items():
-        assert torch.allclose(tensor, expected[name], atol=1e-6), name
+        expected = sum(weight * pairs[name] for weight, pairs in zip(weights, passed, strict=True)) / sum(weights)
+        assert torch.allclose(tensor, expected, atol=1e-6), name
         assert not torch.equal(tensor, straight.pairs.named()[name]), name
 
     resumed = make()

@@ -34,7 +34,8 @@ class PairLearner:
 
     Attributes:
         pairs: the current `Pairs`.
-        averaged: e ← d e + (1 − d) pairs after each step, from the first pairs on; with d = 0 the current ones.
+        averaged: the mean of the pairs after steps s = 1 … t with weights d^(t − s), which is an exponential average with
+            Adam's correction for a short past (PTM-ST's keeps a share d^t of the first pairs); with d = 0 the current ones.
         guard: what limits a gradient far outside what the run has seen, see `Guard`.
         iteration: steps taken.
         evaluated: iteration of the last evaluation, -1 before the first.
@@ -88,10 +89,11 @@ class PairLearner:
                 self.named[name].copy_(self.moved[f"log_{name}"].exp())
             else:
                 self._limit_rate(name, before[name])
-        if self.ema_decay:
-            for average, value in zip(self.averaged.tensors(), self.pairs.tensors(), strict=True):
-                average.lerp_(value, 1 - self.ema_decay)
         self.iteration += 1
+        if self.ema_decay:
+            newest = (1 - self.ema_decay) / (1 - self.ema_decay**self.iteration)
+            for average, value in zip(self.averaged.tensors(), self.pairs.tensors(), strict=True):
+                average.lerp_(value, newest)
 
     def _in_log(self, name: str) -> bool:
         return self.in_logs and name in RATES
