@@ -144,12 +144,12 @@ class Distillation:
         check_shares(*trial, self.pair_chunk)
         of_student = args.num_queries, batch_size, args.syn_steps, args.max_start_epoch
         of_student += args.expert_epochs, args.batch_order, args.phases, args.Iteration, args.segments
-        draws = Draws(ways, args.seed, *of_student)
-        self.prefetch = Prefetch(lambda iteration: draws.read(iteration, device), args.Iteration)
+        self.draws = Draws(ways, args.seed, *of_student)
+        self.prefetch = Prefetch(lambda iteration: self.draws.read(iteration, device), args.Iteration)
 
         # The learner, which moves the pairs from the first ones or from where the run was.
         if not args.resume:
-            self.fit_first_rates(draws.read(0, device))
+            self.fit_first_rates(self.draws.read(0, device))
         lr_img, lr_txt = 0.0 if args.text_only else args.lr_img, 0.0 if args.image_only else args.lr_txt
         rates = lr_img, lr_txt, args.lr_lr, args.optimizer, args.lr_sim
         self.learner = PairLearner(self.pairs, *rates, args.ema_decay)
@@ -200,6 +200,8 @@ class Distillation:
     def match_and_step(self) -> None:
         """One iteration: student and expert, the gradient of the matching loss, a step of the pairs."""
         iteration = self.learner.iteration
+        if self.draws.begins_phase(iteration):
+            self.learner.begin_phase()
         segments = self.prefetch.take(iteration)
         matching = self.guarded_matching(mean_matching, segments, self.pairs)
         gradient, warnings = self.learner.guard.limit(matching, self.pairs, iteration)

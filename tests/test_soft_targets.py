@@ -222,6 +222,7 @@ def test_a_phase_draws_its_own_pairs_from_its_own_epochs():
         starts[iteration // 10].add(start)
     assert [sorted(s) for s in subsets] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert starts == [{0, 1}, {1, 2}, {2, 3}]
+    assert [iteration for iteration in range(30) if draws.begins_phase(iteration)] == [10, 20]
 
 
 def test_a_phase_of_all_is_no_phase():
@@ -234,24 +235,29 @@ def test_a_phase_of_all_is_no_phase():
 # ---- average of the pairs
 
 
+def make_learner(optimizer):
+    images = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    texts = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    similarity = initial_similarity("lowrank", 4, 2, torch.Generator().manual_seed(1))
+    pairs = Pairs(images, texts, torch.tensor(0.1), torch.tensor(0.2), similarity)
+    return PairLearner(pairs, 0.1, 0.1, 0.01, optimizer, lr_sim=0.5, ema_decay=0.8)
+
+
+def random_step(learner, number):
+    generator = torch.Generator().manual_seed(number)
+    learner.step(Pairs.of(torch.randn(t.shape, generator=generator) for t in learner.pairs.tensors()))
+
+
+def copies(pairs):
+    return {name: tensor.detach().clone() for name, tensor in pairs.named().items()}
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_average_of_the_pairs_over_the_steps(optimizer, tmp_path):
-    def make():
-        images = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-        texts = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
-        similarity = initial_similarity("lowrank", 4, 2, torch.Generator().manual_seed(1))
-        pairs = Pairs(images, texts, torch.tensor(0.1), torch.tensor(0.2), similarity)
-        return PairLearner(pairs, 0.1, 0.1, 0.01, optimizer, lr_sim=0.5, ema_decay=0.8)
-
-    def step(learner, number):
-        generator = torch.Generator().manual_seed(number)
-        learner.step(Pairs.of(torch.randn(t.shape, generator=generator) for t in learner.pairs.tensors()))
-
-    straight = make()
-    passed = []
+    straight, passed = make_learner(optimizer), []
     for number in range(4):
-        step(straight, number)
-        passed.append({name: tensor.detach().clone() for name, tensor in straight.pairs.named().items()})
+        random_step(straight, number)
+        passed.append(copies(straight.pairs))
         if number == 1:
             straight.save(tmp_path / "state.safetensors", {})
     weights = [0.8**3, 0.8**2, 0.8, 1]
@@ -260,12 +266,37 @@ def test_average_of_the_pairs_over_the_steps(optimizer, tmp_path):
         assert torch.allclose(tensor, expected, atol=1e-6), name
         assert not torch.equal(tensor, straight.pairs.named()[name]), name
 
-    resumed = make()
+    resumed = make_learner(optimizer)
     resumed.load(tmp_path / "state.safetensors", {}, set())
     for number in (2, 3):
-        step(resumed, number)
+        random_step(resumed, number)
     for left, right in ((straight.averaged, resumed.averaged), (straight.pairs, resumed.pairs)):
         assert all(map(torch.equal, left.tensors(), right.tensors()))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_phase_is_a_run_from_the_average_before_it(optimizer, tmp_path):
+    learner = make_learner(optimizer)
+    for number in range(3):
+        random_step(learner, number)
+    learner.begin_phase()
+    fresh = make_learner(optimizer)  # Adam's rates go on in standard deviations of its pairs, the first ones
+    for name, average in learner.averaged.named().items():
+        assert torch.equal(learner.pairs.named()[name], average)
+        fresh.named[name].detach().copy_(average)
+        if f"log_{name}" in fresh.moved:
+            fresh.moved[f"log_{name}"].copy_(average.log())
+    for number in (3, 4, 5):
+        random_step(learner, number)
+        random_step(fresh, number)
+        if number == 4:
+            learner.save(tmp_path / "state.safetensors", {})
+    resumed = make_learner(optimizer)
+    resumed.load(tmp_path / "state.safetensors", {}, set())
+    random_step(resumed, 5)
+    for other in (fresh, resumed):
+        for left, right in ((learner.averaged, other.averaged), (learner.pairs, other.pairs)):
+            assert all(map(torch.equal, left.tensors(), right.tensors()))
 
 
 # ---- straight trajectories
@@ -318,6 +349,14 @@ def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, exp
     assert all((last.image_syn[i] != first.image_syn[i]).any() for i in range(6))
     line = stderr_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
     assert "saved with Iteration=2" in line
+
+
+def test_what_a_phase_learned_stays_its_average(run_distill, tmp_path):
+    more = ["--phases", 2, "--max_start_epoch", 1, "--shortcut", 2, "--ema_decay", 0.5, "--no_draw"]
+    assert run_distill(tmp_path, "--Iteration", 4, "--eval_it", 2, *more) == 0
+    middle, last = (load_synset(tmp_path / f"{name}.safetensors") for name in ("iteration_000002", "last"))
+    assert torch.equal(last.image_syn[:3], middle.image_syn[:3]) and torch.equal(last.text_syn[:3], middle.text_syn[:3])
+    assert all((last.image_syn[i] != middle.image_syn[i]).any() for i in (3, 4, 5))
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,15 @@ class Draws:
 
         Raises InputError if they cannot be read.
         """
-        phase = min(iteration * self.phases // max(1, self.iterations), self.phases - 1)
         numbers = range(iteration * self.segments, (iteration + 1) * self.segments)
-        return [self._segment(number, phase, device) for number in numbers]
+        return [self._segment(number, self.phase(iteration), device) for number in numbers]
+
+    def phase(self, iteration: int) -> int:
+        return min(iteration * self.phases // max(1, self.iterations), self.phases - 1)
+
+    def begins_phase(self, iteration: int) -> bool:
+        """Whether the phase is another one than that of the iteration before."""
+        return self.phase(iteration) != self.phase(max(0, iteration - 1))
 
     def _segment(self, number: int, phase: int, device: torch.device) -> Segment:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)

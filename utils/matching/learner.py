@@ -34,10 +34,12 @@ class PairLearner:
 
     Attributes:
         pairs: the current `Pairs`.
-        averaged: the mean of the pairs after steps s = 1 … t with weights d^(t − s), which is an exponential average with
-            Adam's correction for a short past (PTM-ST's keeps a share d^t of the first pairs); with d = 0 the current ones.
+        averaged: the mean of the pairs after steps s = 1 … t of this phase with weights d^(t − s): an exponential average
+            with Adam's correction for a short past (PTM-ST's keeps a share d^t of the first pairs); with d = 0 the
+            current ones.
         guard: what limits a gradient far outside what the run has seen, see `Guard`.
         iteration: steps taken.
+        phase_start: steps taken before this phase.
         evaluated: iteration of the last evaluation, -1 before the first.
         best: best validation recall so far.
     """
@@ -56,7 +58,7 @@ class PairLearner:
         self.averaged = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors()) if ema_decay else pairs
         self.in_logs, self.lr_lr = optimizer == "adam", lr_lr
         self.guard = Guard()
-        self.iteration, self.evaluated, self.best = 0, -1, -math.inf
+        self.iteration, self.phase_start, self.evaluated, self.best = 0, 0, -1, -math.inf
         self.named = {name: tensor.requires_grad_() for name, tensor in pairs.named().items()}
         # What the optimizer sees, in the order of the pairs.
         self.moved = {
@@ -91,9 +93,19 @@ class PairLearner:
                 self._limit_rate(name, before[name])
         self.iteration += 1
         if self.ema_decay:
-            newest = (1 - self.ema_decay) / (1 - self.ema_decay**self.iteration)
+            newest = (1 - self.ema_decay) / (1 - self.ema_decay ** (self.iteration - self.phase_start))
             for average, value in zip(self.averaged.tensors(), self.pairs.tensors(), strict=True):
                 average.lerp_(value, newest)
+
+    @torch.no_grad()
+    def begin_phase(self) -> None:
+        """Goes on from the average with a new one and a new optimizer: a phase of PTM-ST is a run of its own."""
+        for name, average in self.averaged.named().items():
+            self.named[name].copy_(average)
+            if self._in_log(name):
+                self.moved[f"log_{name}"].copy_(average.log())
+        self.optimizer.state.clear()
+        self.phase_start = self.iteration
 
     def _in_log(self, name: str) -> bool:
         return self.in_logs and name in RATES
@@ -110,7 +122,8 @@ class PairLearner:
     def save(self, path, settings: dict) -> None:
         """Writes pairs, their average, optimizer and progress. Raises InputError if the file cannot be written."""
         best = self.best if math.isfinite(self.best) else None
-        progress = {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "guard": self.guard.state()}
+        progress = {"iteration": self.iteration, "phase_start": self.phase_start, "evaluated": self.evaluated}
+        progress |= {"best": best, "guard": self.guard.state()}
         average = (
             {f"average/{name}": tensor for name, tensor in self.averaged.named().items()} if self.ema_decay else {}
         )
@@ -161,5 +174,6 @@ class PairLearner:
                 tensor.copy_(stored[name])
         self._restore({name: value for name, value in stored.items() if "/" in name})
         self.iteration, self.evaluated = metadata["iteration"], metadata["evaluated"]
+        self.phase_start = metadata.get("phase_start", 0)
         self.best = -math.inf if metadata["best"] is None else metadata["best"]
         self.guard.restore(metadata.get("guard", {}))
