@@ -34,9 +34,9 @@ class PairLearner:
 
     Attributes:
         pairs: the current `Pairs`.
-        averaged: the mean of the pairs after steps s = 1 … t of this phase with weights d^(t − s): an exponential average
-            with Adam's correction for a short past (PTM-ST's keeps a share d^t of the first pairs); with d = 0 the
-            current ones.
+        averaged: the mean of the pairs after steps s = 1 … t of this phase with weights d^(t − s): an exponential
+            average with Adam's correction for a short past (PTM-ST's keeps a share d^t of the first pairs); with d = 0
+            the current ones.
         guard: what limits a gradient far outside what the run has seen, see `Guard`.
         iteration: steps taken.
         phase_start: steps taken before this phase.
