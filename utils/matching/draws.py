@@ -66,6 +66,7 @@ class Draws:
         return [self._segment(number, self.phase(iteration), device) for number in numbers]
 
     def phase(self, iteration: int) -> int:
+        """Number of the phase, from 0, that an iteration belongs to."""
         return min(iteration * self.phases // max(1, self.iterations), self.phases - 1)
 
     def begins_phase(self, iteration: int) -> bool:
