@@ -6,13 +6,14 @@ What the calls of a section share lives as long as the section.
 
 import contextlib
 import functools
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu_setup import PRECISIONS, Setup, products_in
 from benchmarks.measure import Tf32, alternate, count_operations
 from benchmarks.outer_gradient import Problem, agreement
-from utils.matching import fit_pair_chunk
+from utils.matching import fit_pair_chunk, student
 
 
 def card(setup: Setup):
@@ -79,6 +80,29 @@ def shared_problem(setup: Setup, precision: str, **changes):
 
 def chosen_chunk(problem: Problem) -> int | None:
     return fit_pair_chunk(problem.loss_fn, problem.start, problem.pairs, len(problem.pairs.image_syn))
+
+
+def written_out(setup: Setup):
+    """Our second derivatives of convolutions and standardised weights against torch's; two steps of 25 pairs."""
+    pairs, steps = min(25, setup.sizes.pairs), 2
+
+    def compare(encoder: str, own: bool, benchmark: bool) -> dict:
+        torch.backends.cudnn.benchmark = benchmark
+        how = ("written out" if own else "torch's") + (", cudnn.benchmark" if benchmark else "")
+        chosen = contextlib.nullcontext() if own else mock.patch.object(student, "WrittenOut", contextlib.nullcontext)
+        with chosen, products_in("tf32"):
+            problem = setup.problem(pairs, image_encoder=encoder)
+            taken = setup.measured(lambda: problem.ours(steps))
+            done = count_operations(lambda: problem.ours(steps))
+        torch.backends.cudnn.benchmark = False
+        share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate("tf32")}
+        return {f"{encoder}, {how}": {**taken, **share}}
+
+    for encoder in setup.sizes.convolutional:
+        for benchmark in (False, True) if setup.on_card else (False,):
+            for own in (True, False):
+                name = f"{encoder}, own {own}, cudnn.benchmark {benchmark}"
+                yield name, functools.partial(compare, encoder, own, benchmark)
 
 
 def unrolled(setup: Setup):

@@ -19,11 +19,10 @@ KINDS = {
 
 
 def where_the_time_goes(setup: Setup):
-    for chunk in setup.sizes.chunks[:1]:
-        yield f"tf32, {chunk} at a time", lambda chunk=chunk: measure(setup, chunk)
+    yield "tf32, all at a time", lambda: measure(setup, None)
 
 
-def measure(setup: Setup, chunk: int) -> dict:
+def measure(setup: Setup, chunk: int | None) -> dict:
     """Rows of one outer iteration in tf32; shares are of the time from the first kernel's start to the last's end."""
     problem, steps = setup.problem(), setup.sizes.steps
     activity = ProfilerActivity.CUDA if setup.on_card else ProfilerActivity.CPU

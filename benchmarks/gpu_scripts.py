@@ -22,22 +22,40 @@ from data.demo import make_demo
 from networks.text_encoder import SHORT_NAMES
 
 
+# An iteration's seconds do not depend on where a step leads, and random weights diverge at the published rates.
+STAND_STILL = ["--lr_img", 0, "--lr_txt", 0, "--lr_lr", 0]
+
+
 def published_command(setup: Setup):
-    """distill.py itself, after buffer.py: seconds from one iteration's line in metrics.jsonl to the next."""
+    """distill.py with the published flags, after buffer.py; the outer rates are 0."""
+    sizes = setup.sizes
+    flags = ["--syn_steps", sizes.steps, "--expert_epochs", 1, "--max_start_epoch", 2, "--num_queries", sizes.pairs]
+    yield from as_users_run_it(setup, "distill.py", [], flags)
+
+
+def heads_command(setup: Setup):
+    """distill.py --recipe heads, four segments of 20 pairs with WBCE, after its buffer.py; the outer rates are 0."""
+    pairs = min(99, setup.sizes.pairs)
+    flags = ["--num_queries", pairs, "--mini_batch_size", min(20, pairs), "--lr_sim", 0]
+    yield from as_users_run_it(setup, "distill.py --recipe heads", ["--recipe", "heads"], flags)
+
+
+def as_users_run_it(setup: Setup, name: str, recipe: list, flags: list):
+    """Seconds from one iteration's line in metrics.jsonl to the next, with all memory and under the smallest limit."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        prepare = functools.cache(lambda: make_experts(setup, root))
-        yield "distill.py", lambda: {"distill.py, no limit": distil(setup, prepare(), root / "run")}
+        prepare = functools.cache(lambda: make_experts(setup, root, recipe))
+        yield name, lambda: {f"{name}, no limit": distil(setup, [*prepare(), *recipe, *flags], root / "run")}
         for limit in setup.sizes.limits[-1:] if setup.on_card else ():
 
             def limited(limit=limit):
                 with setup.limited_to(limit):
-                    return {f"distill.py, {limit} GB": distil(setup, prepare(), root / f"run{limit}")}
+                    return {f"{name}, {limit} GB": distil(setup, [*prepare(), *recipe, *flags], root / f"run{limit}")}
 
-            yield f"distill.py, {limit} GB", limited
+            yield f"{name}, {limit} GB", limited
 
 
-def make_experts(setup: Setup, root: Path) -> list[str]:
+def make_experts(setup: Setup, root: Path, recipe: list) -> list[str]:
     """Draws a data set, makes a text encoder and trains one expert; gives the flags that the scripts share."""
     sizes = setup.sizes
     counts = {"num_train": sizes.train_pictures, "num_val": 20, "num_test": 20}
@@ -51,7 +69,8 @@ def make_experts(setup: Setup, root: Path) -> list[str]:
         *("--num_workers", setup.num_workers, "--buffer_path", root / "buffers", "--disabled_wandb"),
     ]
     rates = ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01"]
-    run_script(buffer, [*flags, *rates, "--num_experts", 1, "--train_epochs", 3, "--cache_images"])
+    cached = [] if recipe else ["--cache_images"]
+    run_script(buffer, [*flags, *recipe, *rates, *cached, "--num_experts", 1, "--train_epochs", 3])
     return flags
 
 
@@ -70,11 +89,9 @@ def distil(setup: Setup, flags: list, folder: Path) -> dict:
     sizes = setup.sizes
     if setup.on_card:
         torch.cuda.reset_peak_memory_stats(setup.device)
-    published = ["--syn_steps", sizes.steps, "--expert_epochs", 1, "--max_start_epoch", 2, "--num_queries", sizes.pairs]
-    published += ["--lr_img", 1000, "--lr_txt", 1000, "--lr_lr", "1e-2"]
     quick = ["--Iteration", sizes.iterations, "--eval_it", 1000, "--num_eval", 1, "--epoch_eval_train", 1]
     quick += ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01", "--no_report", "--draw", "False"]
-    out = run_script(distill, [*flags, *published, *quick, "--save_dir", folder])
+    out = run_script(distill, [*flags, *STAND_STILL, *quick, "--save_dir", folder])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [line["Seconds"] for line in lines if "Grand_Loss" in line]
     taken = statistics.median(after - before for before, after in itertools.pairwise(seconds))

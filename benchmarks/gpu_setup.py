@@ -20,14 +20,15 @@ class Sizes:
     """Of everything that is measured. The values here are the published ones, as far as there are any."""
 
     encoder: str = "nfnet_l0"
+    convolutional: tuple[str, ...] = ("nfnet_l0", "mobilenetv2_100")
     transformer: str = "vit_base_patch16_224"
     image_size: int = 224
     text_dim: int = 768
     pairs: int = 100
     steps: int = 8
     chunks: tuple[int, ...] = (50, 25, 10)
-    repeats: int = 3
-    limits: tuple[int, ...] = (80, 24, 12)  # GB
+    repeats: int = 2
+    limits: tuple[int, ...] = (24, 12)  # GB
     unrolled: tuple[int, ...] = (100, 64, 48, 32, 24, 16, 8)  # pairs that a full unroll is tried with
     exact_pairs: int = 8  # in float64
     expert_epochs: int = 10
@@ -36,11 +37,12 @@ class Sizes:
     pictures: int = 512
     eval_epochs: int = 50
     test_pictures: int = 1000
-    iterations: int = 8  # of distill.py
+    iterations: int = 5  # of distill.py
     train_pictures: int = 200
 
 
 TOY = Sizes(
+    convolutional=("test_nfnet",),
     **{"encoder": "test_nfnet", "transformer": "test_vit", "image_size": 32, "text_dim": 16, "pairs": 6, "steps": 3},
     **{"chunks": (4,), "repeats": 1, "limits": (12,), "unrolled": (6, 4), "exact_pairs": 3, "expert_epochs": 2},
     **{"batch": 4, "batches": 6, "pictures": 6, "eval_epochs": 2, "test_pictures": 12, "iterations": 3},

@@ -33,18 +33,20 @@ OUTER = "Outer iteration, by precision, limit of memory and pairs at a time"
 # A module is imported when its turn comes, so that one that cannot be costs its sections alone.
 SECTIONS = {
     "card": ("The card", "gpu_outer.card", {}),
-    "outer": (OUTER, "gpu_outer.outer", {"precision": "tf32"}),
     "published": ("distill.py with the published flags", "gpu_scripts.published_command", {}),
+    "heads": ("distill.py with heads", "gpu_scripts.heads_command", {}),
+    "written_out": ("Second derivatives, two steps of 25 pairs in tf32", "gpu_outer.written_out", {}),
+    "outer": (OUTER, "gpu_outer.outer", {"precision": "tf32"}),
     "profile": ("Where the time goes", "gpu_profile.where_the_time_goes", {}),
     "expert": ("An expert's step", "gpu_training.expert_step", {}),
-    "unroll": ("Against a full unroll", "gpu_outer.unrolled", {}),
-    "precision": ("Agreement with float64", "gpu_outer.precisions", {}),
-    "released": ("Against a loop as released", "gpu_scripts.as_released", {}),
     "evaluation": ("Evaluation of one network", "gpu_training.evaluation", {}),
+    "precision": ("Agreement with float64", "gpu_outer.precisions", {}),
     "students": ("Other students", "gpu_outer.other_students", {}),
     "outer_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16"}),
-    "outer_fp32": (OUTER, "gpu_outer.outer", {"precision": "fp32"}),
     "chunks": (OUTER, "gpu_outer.outer", {"precision": "tf32", "others": True}),
+    "unroll": ("Against a full unroll", "gpu_outer.unrolled", {}),
+    "released": ("Against a loop as released", "gpu_scripts.as_released", {}),
+    "outer_fp32": (OUTER, "gpu_outer.outer", {"precision": "fp32"}),
     "chunks_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16", "others": True}),
 }
 ON_CARD_ALONE = ("chunks", "chunks_bf16")  # on a CPU the same as those under limits

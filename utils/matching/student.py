@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from networks.clip_model import IMAGE_TOWER
 from networks.loss import pair_loss
+from networks.written_out import WrittenOut
 from utils import ranks
 from utils.matching.pairs import rows_on
 from utils.matching.share import Share
@@ -58,7 +59,8 @@ class StudentLoss:
 
     def encode_image(self, params: Parameters, images: Tensor) -> Tensor:
         """Features [B, D] of images [B, 3, H, W], each a function of its own image alone."""
-        return functional_call(self.model, params, (images, None))[0]
+        with WrittenOut():
+            return functional_call(self.model, params, (images, None))[0]
 
     def targets(self, similarity: Sequence[Tensor], rows: Tensor) -> Tensor:
         """The soft targets [B, B] of a step's pairs, from the parts of S."""
