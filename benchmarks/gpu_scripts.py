@@ -21,7 +21,6 @@ from benchmarks.outer_iteration import Iterations
 from data.demo import make_demo
 from networks.text_encoder import SHORT_NAMES
 
-
 # An iteration's seconds do not depend on where a step leads, and random weights diverge at the published rates.
 STAND_STILL = ["--lr_img", 0, "--lr_txt", 0, "--lr_lr", 0]
 
