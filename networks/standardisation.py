@@ -4,7 +4,7 @@ timm's networks without normalisation standardise the weights of each convolutio
 picture with a channel an output (Qiao et al., 2019). torch writes its second derivative in some sixty small operations
 for every layer, which keeps a card waiting for its host; here they are about twenty.
 
-Of n weights w of an output, with x̂ = (w − mean) r, r = 1 / √(variance + ε), y = γ x̂ and P v = v − mean(v) − x̂ mean(x̂ v),
+Of n weights w of an output, with x̂ = (w − mean) r, r = 1 / √(variance + ε), y = γ x̂, P v = v − mean(v) − x̂ mean(x̂ v),
 a gradient g of y gives w the gradient γ r P g and γ the gradient Σ g x̂. With cotangents v and u of these two:
 
     ∂/∂g = γ r P v + u x̂,  ∂/∂γ = ⟨r P v, g⟩,
