@@ -141,6 +141,54 @@ def test_dropout_is_on_and_seeded(encoder, request):
     assert first.loss != other.loss
 
 
+@pytest.mark.parametrize("pair_chunk", [1, 2])
+def test_every_chunk_draws_masks_of_its_own(pair_chunk, monkeypatch):
+    """The masks themselves: drawn from seeds that differ above bit 32 alone, a CPU's are all the same."""
+    masks, dropout = [], torch.nn.functional.dropout
+
+    def noted(values, p, training, inplace=False):
+        mask = dropout(torch.ones_like(values), p, training)
+        masks.append(mask.flatten()[:40].tolist())
+        return values * mask
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", noted)
+    problem = Problem("test_vit", proj_drop_rate=0.5, dropout=0.5)
+    encode, firsts = problem.loss_fn.encode_image, []
+
+    def first_mask(*args):
+        before = len(masks)
+        features = encode(*args)
+        firsts.append(tuple(next(mask for mask in masks[before:] if 0.0 in mask)))
+        return features
+
+    problem.loss_fn.encode_image = first_mask
+    matching_gradient(*problem.arguments(2, batch_size=4), pair_chunk)
+    chunks = 2 * 4 // pair_chunk  # of two steps; each is computed several times, with the same mask
+    assert len(firsts) > chunks and len(set(firsts)) == chunks
+
+
+@pytest.mark.parametrize("pair_chunk", [None, 2])
+@pytest.mark.parametrize("noise", ["dropout", "augmentation"])
+def test_a_frozen_encoder_that_draws_is_exact(noise, pair_chunk):
+    """Against differences of the loss along a direction."""
+    problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True)
+    embed = problem.model.embed_images
+    problem.loss_fn.frozen_encoder = {
+        "dropout": lambda images: torch.nn.functional.dropout(embed(images), 0.5),
+        "augmentation": lambda images: embed(images * (1 + 0.3 * torch.randn(len(images), 1, 1, 1).double())),
+    }[noise]
+    loss_fn, start, target, pairs, batches, seed = problem.arguments(3)
+    direction = torch.randn(pairs.image_syn.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def matched(step):
+        moved = Pairs(pairs.image_syn + step * direction, *pairs.tensors()[1:])
+        return matching_gradient(loss_fn, start, target, moved, batches, seed, pair_chunk)
+
+    expected = (matched(1e-5).loss - matched(-1e-5).loss) / 2e-5
+    value = (matched(0.0).gradient.image_syn * direction).sum()
+    assert abs(value - expected) < 1e-6 * abs(expected)
+
+
 def test_without_dropout_the_seed_is_without_effect():
     problem = Problem("test_nfnet", dropout=0.0)
     assert matching_gradient(*problem.arguments(2, 7)).loss == matching_gradient(*problem.arguments(2, 8)).loss

@@ -6,6 +6,7 @@ from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import add_lora
 from utils.matching import Pairs, Segment, StudentLoss, draw_batches, matching_gradient
+from utils.matching.student import chunk_seed
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3
@@ -23,7 +24,7 @@ def loss_in_chunks(loss_fn, params, images, text_embed, targets, seed, pair_chun
     """The student's loss with an image tower that sees `pair_chunk` pairs at a time, each with its own dropout."""
     features = []
     for number, chunk in enumerate(images.split(pair_chunk)):
-        torch.manual_seed(seed + (number + 1) * 2**41)
+        torch.manual_seed(chunk_seed(seed, number))
         features.append(loss_fn.encode_image(params, chunk))
     torch.manual_seed(seed)
     return loss_fn.of_features(params, torch.cat(features), text_embed, *targets)

@@ -40,7 +40,7 @@ def fit_first_rates(
     is_embedded = loss_fn.frozen_encoder is not None
     if is_embedded:
         used = torch.cat([batch for segment in segments for batch in segment.batches])
-        pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk)
+        pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
         pairs = replace(pairs, image_syn=pictures.embed)
 
     def go_astray(rates: dict[str, float]) -> bool:

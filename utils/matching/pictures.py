@@ -10,30 +10,33 @@ from torch import Tensor
 
 from utils.matching.pairs import rows_on
 from utils.matching.share import Share
+from utils.matching.student import chunk_seed
 
 
 class EmbeddedPictures:
     """The encoder's output for the pictures that an iteration uses.
 
     Args:
-        encoder: [B, 3, H, W] -> [B, D_enc], each row a function of its own picture alone, without random numbers.
+        encoder: [B, 3, H, W] -> [B, D_enc], each row a function of its own picture and of random numbers, if any.
         images: [M, 3, H, W].
         used: indices on the CPU of the pictures that are needed, in any order and number.
         chunk: pictures whose graph is held at a time; None for all.
+        seed: of the random numbers, the same on the way back; they depend on it and on the chunk's number.
 
     Attributes:
         embed: [M, D_enc]; rows of pictures that are not used are 0.
     """
 
-    def __init__(self, encoder: Callable[[Tensor], Tensor], images: Tensor, used: Tensor, chunk: int | None):
-        self.encoder, self.images = encoder, images
+    def __init__(self, encoder: Callable[[Tensor], Tensor], images: Tensor, used: Tensor, chunk: int | None, seed: int):
+        self.encoder, self.images, self.seed = encoder, images, seed
         (self.used,) = rows_on(images.device, [used.unique()])
         self.share = Share(len(self.used))
         rows = self.used[self.share.rows]
-        *self.rows, last = rows.split(chunk or len(rows))
+        size = chunk or len(rows)
+        *self.chunks, last = enumerate(rows.split(size), self.share.start // size)
         with torch.no_grad():
-            parts = [encoder(images[part]) for part in self.rows]
-        self.kept = last, *self._graph(last)  # of one chunk the graph is kept for the way back
+            parts = [self._encode(number, images[part]) for number, part in self.chunks]
+        self.kept = last[1], *self._graph(*last)  # of one chunk the graph is kept for the way back
         parts.append(self.kept[-1].detach())
         embed = self.share.collect(torch.cat(parts))
         self.embed = images.new_zeros(len(images), embed.shape[1]).index_copy_(0, self.used, embed)
@@ -46,16 +49,21 @@ class EmbeddedPictures:
         while True:
             gradient[rows] = torch.autograd.grad(embed, leaves, embed_gradient[rows])[0]
             del embed
-            if not self.rows:
+            if not self.chunks:
                 return self._of_all_ranks(gradient)
-            rows = self.rows.pop()
-            leaves, embed = self._graph(rows)
+            number, rows = self.chunks.pop()
+            leaves, embed = self._graph(number, rows)
 
     def _of_all_ranks(self, gradient: Tensor) -> Tensor:
         own = gradient[self.used[self.share.rows]]
         return gradient.index_copy_(0, self.used, self.share.collect(own)) if len(self.share.sizes) > 1 else gradient
 
-    def _graph(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _graph(self, number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaves = self.images[rows].requires_grad_()
-            return leaves, self.encoder(leaves)
+            return leaves, self._encode(number, leaves)
+
+    def _encode(self, number: int, images: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(chunk_seed(self.seed, number))
+            return self.encoder(images)

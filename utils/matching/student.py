@@ -7,6 +7,7 @@ Forth, a step gathers U and sums the image tower's part of g_t; back, it gathers
 λ_t while the next graph is built. What the pixels and the image rate get is summed once at the end.
 """
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -79,6 +80,11 @@ class StudentLoss:
         return self.of_features(params, self.encode_image(params, images), text_embed, targets)
 
 
+def chunk_seed(seed: int, number: int) -> int:
+    """Of a step's chunk. All its bits differ from those of others: a CPU's generator takes the low 32 alone."""
+    return random.Random(f"{seed} {number}").getrandbits(63)
+
+
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
@@ -86,7 +92,8 @@ def _random_state(device: torch.device) -> Tensor:
 def blend(image_embed: Tensor, text_embed: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Rows [B, D] of both mixed with those of another order by one λ ~ Beta(α, α), see `StudentLoss`."""
     concentration = torch.full((), alpha, dtype=image_embed.dtype, device=image_embed.device)
-    weight = torch.distributions.Beta(concentration, concentration).sample()
+    # Validating its arguments, it would make the host wait for a GPU.
+    weight = torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
     order = torch.randperm(len(image_embed), device=image_embed.device)
     return tuple(torch.lerp(embed[order], embed, weight) for embed in (image_embed, text_embed))
 
@@ -325,7 +332,7 @@ class ChunkedSteps(WholeSteps):
 
     def _encode(self, step: int, rows: slice, params: Parameters) -> tuple[Tensor, Tensor]:
         """Features of the chunk [C, D] and its images [C, 3, H, W], with the graph between if gradients are on."""
-        torch.manual_seed(self.seed + step + (1 + rows.start // self.size << 41))
+        torch.manual_seed(chunk_seed(self.seed + step, rows.start // self.size))
         images = self.pairs.image_syn[self.batches[step][rows]].requires_grad_(torch.is_grad_enabled())
         return self.loss_fn.encode_image(params, images), images
 

@@ -136,7 +136,7 @@ def mean_matching(
     if loss_fn.frozen_encoder is None or pairs.image_syn.ndim != 4:
         return _mean((_matched(segment, loss_fn, pairs, pair_chunk, *how) for segment in segments), len(segments))
     used = torch.cat([batch for segment in segments for batch in segment.batches])
-    pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk)
+    pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
     embedded = replace(pairs, image_syn=pictures.embed)
     with ranks.alone():
         matching = _mean((_matched(segment, loss_fn, embedded, None, *how) for segment in segments), len(segments))
