@@ -4,6 +4,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as nn_functional
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -29,15 +30,17 @@ class Augment:
 
     def __init__(self, image_size: int):
         self.crop = v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC)
-        shift, shear = max(1, round(0.5 * MAX_TRANSLATION * image_size)), math.degrees(math.atan(0.15))
+        # In units of half a side; a sign turns the direction round.
+        shift, shear = 2 * max(1, round(0.5 * MAX_TRANSLATION * image_size)) / image_size, 0.15
+        sine, cosine = math.sin(math.radians(15)), math.cos(math.radians(15))
         self.operations = [F.autocontrast, F.autocontrast, F.equalize, F.equalize]
         for sign in (-1, 1):
             self.operations += [
-                functools.partial(_affine, shear=[sign * shear, 0.0]),
-                functools.partial(_affine, shear=[0.0, sign * shear]),
-                functools.partial(_affine, translate=[sign * shift, 0]),
-                functools.partial(_affine, translate=[0, sign * shift]),
-                functools.partial(_affine, angle=sign * 15.0),
+                functools.partial(_affine, ((1, sign * shear, 0), (0, 1, 0))),
+                functools.partial(_affine, ((1, 0, 0), (sign * shear, 1, 0))),
+                functools.partial(_affine, ((1, 0, sign * shift), (0, 1, 0))),
+                functools.partial(_affine, ((1, 0, 0), (0, 1, sign * shift))),
+                functools.partial(_affine, ((cosine, sign * sine, 0), (-sign * sine, cosine, 0))),
             ]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -63,6 +66,19 @@ def _apply(operation, images, chosen: torch.Tensor) -> None:
         images[rows] = operation(images[rows])
 
 
-def _affine(images, angle: float = 0.0, translate=(0, 0), shear=(0.0, 0.0)):
-    placed = {"angle": angle, "translate": list(translate), "scale": 1.0, "shear": list(shear)}
-    return F.affine(images, **placed, interpolation=InterpolationMode.BILINEAR, fill=[128.0] * 3)
+FILL = 128  # where a picture has moved away
+
+
+def _affine(matrix, images):
+    """Each pixel is that at `matrix` · (x, y, 1) of the picture, with coordinates from -1 to 1; uint8 [B, 3, S, S].
+
+    torchvision's makes its grid anew in each call, for which the host would wait for a GPU.
+    """
+    grid = _grid(matrix, images.shape[-1], images.device).expand(len(images), -1, -1, -1)
+    moved = nn_functional.grid_sample(images.float() - FILL, grid, mode="bilinear", align_corners=False)
+    return (moved + FILL).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _grid(matrix, side: int, device: torch.device) -> torch.Tensor:
+    return nn_functional.affine_grid(torch.tensor([matrix], device=device), [1, 3, side, side], align_corners=False)

@@ -21,7 +21,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if isinstance(padding, str):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     where = input.device.type
-    if torch.is_autocast_enabled(where):
+    if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):
         dtype = torch.get_autocast_dtype(where)
         input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
     settings = _pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups

@@ -11,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.augment import Augment
 from networks.lora import Lora
-from tests.unroll import Problem
-from utils.matching import Pairs, matching_gradient
+from tests.unroll import NUM_PAIRS, Problem
+from utils.matching import Pairs, StudentLoss, matching_gradient
+from utils.similarity import initial_similarity
 
 INDICES = ("aten._to_copy.default", True)  # one copy from the host, not waited for
 
@@ -65,6 +67,46 @@ def test_a_frozen_encoder_adds_one_copy(pair_chunk):
     with Crossings() as crossings:
         matching_gradient(*arguments, pair_chunk, momentum=0.9)
     assert crossings.seen == [INDICES, INDICES]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "WBCE", "sim_type": "lowrank"},  # heads, lors
+        {"loss_type": "WBCE", "sim_type": "full"},  # ptmst
+        {"loss_type": "WBCE", "sim_type": "lowrank", "blend_alpha": 1.0},  # repblend
+        {"loss_type": "NCE", "sim_type": "none"},
+        {"loss_type": "BCE", "sim_type": "full"},
+    ],
+)
+@pytest.mark.parametrize("freeze", [None, "image_encoder"])
+def test_no_recipe_asks_the_device(freeze, settings, monkeypatch):
+    if settings.get("blend_alpha") and not freeze:
+        return
+    # torch has no gamma distribution for the meta device; what it is asked for before and after is what counts.
+    monkeypatch.setattr(torch, "_standard_gamma", lambda concentration: torch.empty_like(concentration))
+    monkeypatch.setattr(torch, "_sample_dirichlet", lambda concentration: torch.empty_like(concentration))
+    loss_fn, start, target, pairs, batches, seed = on_meta("test_nfnet", freeze=freeze, image_projection=bool(freeze))
+    settings = dict(settings)
+    parts = initial_similarity(settings.pop("sim_type"), NUM_PAIRS, 2, torch.Generator().manual_seed(0))
+    pairs = Pairs.of([*pairs.tensors(), *(part.to("meta") for part in parts)])
+    loss_fn = StudentLoss(loss_fn.model, 0.07, alpha=3.0, **settings)
+    with Crossings() as crossings:
+        matching_gradient(loss_fn, start, target, pairs, batches, seed, momentum=0.9)
+    assert set(crossings.seen) == {INDICES} and len(crossings.seen) <= 2
+
+
+def test_augmenting_cached_pictures_copies_nothing(monkeypatch):
+    """A tensor that is made from numbers on a card is a copy that the host waits for; grids are made once."""
+    augment, made, tensor = Augment(28), [], torch.tensor
+    images = torch.zeros(6, 3, 28, 28, dtype=torch.uint8, device="meta")
+    for operation in augment.operations[4:]:
+        operation(images)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or tensor(*args, **kwargs))
+    with Crossings() as crossings:
+        for operation in augment.operations[4:]:
+            operation(images)
+    assert crossings.seen == made == []
 
 
 def test_crossings_and_questions_are_noticed():
