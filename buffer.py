@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli, ranks
+from utils.device import describe_device
 from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.log import open_log
@@ -100,7 +101,7 @@ def main(argv=None):
         print(f"all {args.num_experts} experts are in {folder}")
         return
 
-    find_device(args)
+    print(describe_device(find_device(args)))
     with ranks.first_goes_first():
         train_split, val_split = find_split(args, "train"), find_split(args, "val")
         text_encoder = make_text_encoder(args)

@@ -16,6 +16,7 @@ from data.errors import InputError
 from data.pairs import load_images
 from data.transforms import normalize
 from utils import cli, ranks
+from utils.device import describe_device
 from utils.pictures import picture_grid
 from utils.scoring import (
     ForgettingCounter,
@@ -80,6 +81,7 @@ def main(argv=None):
     check_flags(args)
     output = Path(args.output or f"{args.save_dir}/{args.method}_{args.num_queries}.safetensors")
     device = find_device(args)
+    print(describe_device(device))
 
     # The real pairs and the encoders.
     with ranks.first_goes_first():

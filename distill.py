@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from networks.clip_model import trained_parameters
 from utils import cli, ranks
+from utils.device import describe_device
 from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
 from utils.log import open_log
 from utils.matching import (
@@ -110,6 +111,7 @@ class Distillation:
 
     def __init__(self, args, command: str):
         self.args, self.folder, device = args, Path(args.save_dir), find_device(args)
+        print(describe_device(device))
 
         # What is read, downloaded and cached; fresh models, and the experts to match.
         with ranks.first_goes_first():
@@ -174,12 +176,21 @@ class Distillation:
         )
 
     def guarded_matching(self, function, segments, *problem):
-        """`function` of the student on `segments`; says what to do where memory is full."""
+        """`function` of the student on `segments`; halves a chunk that was not given where memory is full."""
         batch = len(segments[0].batches[0])
-        return guarded(
-            lambda: function(self.loss_fn, segments, *problem, self.pair_chunk, **self.student),
-            lambda: pair_chunk_advice(min(self.pair_chunk or batch, batch)),
-        )
+        while True:
+            size = min(self.pair_chunk or batch, batch)
+            try:
+                return guarded(
+                    lambda: function(self.loss_fn, segments, *problem, self.pair_chunk, **self.student),
+                    lambda size=size: pair_chunk_advice(size),
+                )
+            except OutOfMemory:
+                # One rank alone cannot change its chunk: the others wait for its part of the old one.
+                if self.args.pair_chunk or size == 1 or ranks.count() > 1:
+                    raise
+            self.pair_chunk = size // 2
+            tqdm.write(f"CUDA is out of memory with {size} pairs at a time; going on with {self.pair_chunk}")
 
     def fit_first_rates(self, segments) -> None:
         """Chooses the first rates that are to fit, if any, on the segments of the first iteration."""

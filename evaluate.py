@@ -16,6 +16,7 @@ from data.text_cache import embed_captions
 from networks.clip_model import trained_parameters
 from networks.loss import LOSS_TYPES
 from utils import cli, ranks
+from utils.device import describe_device
 from utils.experts import LORA, find_trajectories
 from utils.export import export_released, export_sets
 from utils.files import save_text
@@ -148,6 +149,8 @@ def main(argv=None):
     for path, synset in synsets.items():
         check_shared(path, synset, args)
     by_encoder = encoder_args(args, list(synsets.values()))
+
+    print(describe_device(find_device(args)))
 
     # What all rows share: pictures are decoded and captions embedded once.
     with ranks.first_goes_first():

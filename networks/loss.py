@@ -6,6 +6,16 @@ import torch.nn.functional as F
 SHARPNESS = 10  # of the distribution that NCE makes of a row of similarities: e¹⁰ for the own pair, 1 for another
 
 
+def similarities(left, right):
+    """left @ rightᵀ, [A, D] and [B, D] -> [A, B], never in tf32: it keeps ten bits, which ties what is to be ranked."""
+    products = torch.backends.cuda.matmul
+    allowed, products.allow_tf32 = products.allow_tf32, False
+    try:
+        return left @ right.T
+    finally:
+        products.allow_tf32 = allowed
+
+
 def contrastive_loss(image_features, text_features, temperature: float):
     """Symmetric cross-entropy over the similarities of matching pairs (InfoNCE, as in CLIP).
 
@@ -16,7 +26,7 @@ def contrastive_loss(image_features, text_features, temperature: float):
     Returns:
         The mean of the image-to-text and text-to-image cross-entropies, a scalar.
     """
-    logits_per_image = image_features @ text_features.T / temperature  # [B, B]
+    logits_per_image = similarities(image_features, text_features) / temperature  # [B, B]
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
 
@@ -35,7 +45,7 @@ def pair_loss(image_features, text_features, temperature: float, loss_type: str 
     """
     if loss_type == "InfoNCE":
         return contrastive_loss(image_features, text_features, temperature)
-    logits = image_features @ text_features.T / temperature
+    logits = similarities(image_features, text_features) / temperature
     if similarity is None:
         similarity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     return _SOFT_LOSSES[loss_type](logits, similarity)

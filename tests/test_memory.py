@@ -49,7 +49,8 @@ def test_guarded_frees_what_the_failed_call_held():
 
 
 @pytest.mark.parametrize(
-    ("flags", "advice"), [([], "--pair_chunk 2"), (["--pair_chunk", 3], "--pair_chunk 1"), (["--pair_chunk", 9], " 2")]
+    ("flags", "advice"),
+    [(["--pair_chunk", 4], "--pair_chunk 2"), (["--pair_chunk", 3], " 1"), (["--pair_chunk", 9], " 2")],
 )
 def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, capsys, monkeypatch, flags, advice):
     """Batches of 4 pairs; memory runs out in the second iteration."""
@@ -67,6 +68,53 @@ def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, cap
     assert (tmp_path / "run/last.safetensors").exists()
     monkeypatch.undo()
     assert run_distill(tmp_path / "run", "--Iteration", 4, "--resume", "--pair_chunk", 2) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_a_chunk_that_was_not_given_is_halved_and_tried_again(run_distill, tmp_path, capsys, monkeypatch, text):
+    """Four pairs fail, two do not; then the run is that of --pair_chunk 2 from the failed iteration on."""
+    real, sizes = distill.mean_matching, []
+
+    def four_do_not_fit(loss_fn, segments, pairs, chunk, **student):
+        sizes.append(chunk)
+        if chunk is None and len(sizes) == 2:
+            raise RuntimeError(text)
+        return real(loss_fn, segments, pairs, chunk, **student)
+
+    monkeypatch.setattr(distill, "mean_matching", four_do_not_fit)
+    assert run_distill(tmp_path / "run", "--Iteration", 3) == 0
+    assert sizes == [None, None, 2, 2]
+    assert "CUDA is out of memory with 4 pairs at a time; going on with 2" in capsys.readouterr().out
+
+
+def test_memory_that_no_chunk_fits_saves_the_set(run_distill, tmp_path, capsys, monkeypatch):
+    real, calls = distill.mean_matching, []
+
+    def second_is_full(*args, **student):
+        calls.append(args[3])
+        return real(*args, **student) if len(calls) == 1 else full()
+
+    monkeypatch.setattr(distill, "mean_matching", second_is_full)
+    assert run_distill(tmp_path / "run", "--Iteration", 3) == 2
+    out, err = capsys.readouterr()
+    assert calls == [None, None, 2, 1] and "smaller --image_encoder" in err.strip().splitlines()[-1]
+    assert "stopped at iteration 1" in out and (tmp_path / "run/state.safetensors").exists()
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    def broken():
+        raise RuntimeError("a shape does not fit")
+
+    with pytest.raises(RuntimeError, match="a shape"):
+        guarded(broken, str)
 
 
 def test_full_memory_in_an_evaluation(run_distill, tmp_path, capsys, monkeypatch):

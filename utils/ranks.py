@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import InputError
+from utils.device import is_out_of_memory
 
 TENSOR_WAIT = timedelta(minutes=10)  # for a tensor: the others are at the same line of the program
 OBJECT_WAIT = timedelta(days=30)  # for an object: another rank may be training an expert
@@ -243,9 +244,9 @@ def fail(line: str, code: int) -> int:
 def _lost_if_it_fails() -> Iterator[None]:
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # all that gloo and NCCL raise
+        if is_out_of_memory(error):
+            raise
         raise RankLost from error
 
 

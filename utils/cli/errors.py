@@ -3,10 +3,9 @@
 import errno
 import functools
 
-import torch
-
 from data.errors import InputError
 from utils import ranks
+from utils.device import is_out_of_memory
 
 
 def one_line_errors(main):
@@ -24,7 +23,9 @@ def one_line_errors(main):
             if error.errno != errno.ENOSPC:
                 raise
             return ranks.fail(f"error: the disk is full ({error}); free some space", 2)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return ranks.fail(
                 "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --pair_chunk (distill.py), "
                 "--batch_train (evaluation) or --image_size",

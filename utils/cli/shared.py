@@ -77,7 +77,8 @@ def add_run_flags(parser: Parser) -> None:
         "--precision",
         choices=("fp32", "tf32", "bf16"),
         default="tf32",
-        help="of the networks' products; parameters, losses and what is learned stay fp32; on a CPU tf32 is fp32",
+        help="of the networks' products and of all gradients; parameters, the losses' and scores' own products and"
+        " what is learned stay fp32; on a CPU tf32 is fp32",
     )
 
 

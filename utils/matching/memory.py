@@ -6,6 +6,7 @@ import torch
 
 from data.errors import InputError
 from utils import ranks
+from utils.device import is_out_of_memory
 from utils.matching.pairs import Pairs
 from utils.matching.sweep import matching_gradient
 
@@ -19,11 +20,14 @@ class OutOfMemory(InputError):
 
 
 def guarded(call: Callable, advice: Callable[[], str]):
-    """call(), with `OutOfMemory` in place of CUDA's error, raised when the memory of `call` is free again."""
+    """call(), with `OutOfMemory` in place of CUDA's errors, raised when the memory of `call` is free again."""
     try:
         return call()
-    except torch.cuda.OutOfMemoryError:
-        pass  # the error holds all frames that were running, until this block is left
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # The error holds all frames that were running, until this block is left.
+    torch.cuda.empty_cache()
     raise OutOfMemory(f"CUDA is out of memory; {advice()}")
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.transforms import normalize
+from networks.loss import similarities
 
 CUTOFFS = (1, 5, 10)
 RECALLS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
@@ -40,7 +41,7 @@ def recalls(image_features, text_features, caption_to_image) -> dict[str, float]
 
 def _top(queries, database, block: int = 1024):
     k = min(max(CUTOFFS), len(database))
-    return torch.cat([(rows @ database.T).topk(k, dim=1).indices for rows in queries.split(block)])
+    return torch.cat([similarities(rows, database).topk(k, dim=1).indices for rows in queries.split(block)])
 
 
 @torch.no_grad()
