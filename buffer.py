@@ -30,6 +30,7 @@ from utils.setup import (
     make_text_encoder,
     retrieval_pairs,
     training_pairs,
+    warn_of_shared_pictures,
 )
 
 # Experts in one folder come from one training recipe.
@@ -38,10 +39,11 @@ RECIPE = (
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
     *("cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
     *("lora_rank", "lora_alpha", "lora_layers", "lora_train", "only_has_image_projection", "aug_views"),
+    "split_seed",
 )
 
 # Settings that older experts lack, and what they were trained with.
-ADDED = {"only_has_image_projection": False, "aug_views": 0}
+ADDED = {"only_has_image_projection": False, "aug_views": 0, "split_seed": 0}
 
 
 def parse_args(argv=None):
@@ -104,6 +106,7 @@ def main(argv=None):
     print(describe_device(find_device(args)))
     with ranks.first_goes_first():
         train_split, val_split = find_split(args, "train"), find_split(args, "val")
+        warn_of_shared_pictures(train_split, val_split)
         text_encoder = make_text_encoder(args)
         factory = make_factory(args, text_encoder.width)
         pairs, text_embed = training_pairs(args, train_split, text_encoder)

@@ -58,6 +58,7 @@ from utils.setup import (
     make_text_encoder,
     retrieval_pairs,
     training_pairs,
+    warn_of_shared_pictures,
 )
 from utils.synset import SynSet, load_synset, save_synset
 
@@ -71,6 +72,7 @@ ADDED = {
     **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
     **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
     **{"batch_order": "independent", "phases": 1, "segments": 1, "shortcut": None, "init_set": None},
+    "split_seed": 0,
 }
 
 
@@ -116,6 +118,7 @@ class Distillation:
         # What is read, downloaded and cached; fresh models, and the experts to match.
         with ranks.first_goes_first():
             splits = {split: find_split(args, split) for split in ("train", "val", "test")}
+            warn_of_shared_pictures(*splits.values())
             check_num_queries(args.num_queries, len(splits["train"][1]))
             text_encoder = make_text_encoder(args)
             self.factory = factory = make_factory(args, text_encoder.width)

@@ -42,6 +42,7 @@ from utils.synset import SynSet, load_synset
 # Settings of the first set that are this run's defaults.
 INHERITED = (
     *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
+    "split_seed",
     *("text_encoder", "text_pretrained", "text_pooling", "temperature", "num_eval", "epoch_eval_train", "batch_train"),
 )
 # Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.

@@ -1,4 +1,4 @@
-"""Annotation files -> records: ALBEF/BLIP JSON, Karpathy JSON and csv, one record per picture."""
+"""Annotation files -> records, one per picture: ALBEF/BLIP JSON, Karpathy JSON, csv, and those of data/forms.py."""
 
 import csv
 import http.client
@@ -6,14 +6,23 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data.errors import InputError
+from data.forms import SPLITS, field, in_split, is_other_form, karpathy_rows, read_form
 
 STEMS = {"flickr": "flickr30k", "coco": "coco_karpathy"}
+ENDINGS = (".json", ".csv", ".jsonl", ".tsv")
 KARPATHY_NAMES = {"flickr": "flickr30k", "coco": "coco"}
+# Names that files are published under; a known data set does not take those of another one.
+PUBLISHED = {
+    "flickr": ("results.csv", "results_20130124.token"),
+    "flickr8k": ("Flickr8k.token.txt",),
+    "coco": ("captions_*.json",),
+}
+USUAL = ("captions.txt", "metadata.jsonl", "metadata.csv")
 DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 PUNCTUATION = re.compile(r'[.!"()*#:;~]')
@@ -33,37 +42,65 @@ def clean_caption(text: str, max_words: int = 30) -> str:
     return " ".join(PUNCTUATION.sub(" ", text.lower()).split()[:max_words])
 
 
-def read_split(dataset: str, split: str, ann_root: str | Path) -> list[Record]:
+def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int = 0) -> list[Record]:
     """Reads one split of a dataset: one record per picture, in the order of the file.
 
     Args:
         dataset: flickr, coco, flickr8k, or the stem of the user's own files.
         split: train, val or test.
-        ann_root: folder with `{stem}_{split}.json`, `dataset_{name}.json`, `{stem}_{split}.csv` or
-            `{stem}.csv`; the first one found is read. flickr and coco are downloaded if none is there.
+        ann_root: folder with `{stem}_{split}.json`, `dataset_{name}.json`, `{stem}_{split}.csv` (or .jsonl, .tsv) or
+            `{stem}.csv`; the first one found is read. Where there is none, the one file of a usual name, see
+            docs/data.md; flickr and coco are downloaded if there is none either. Or that file itself.
+        split_seed: of the splits of a file that names none.
 
     Raises:
         InputError: no such file or folder, nothing downloaded, or a file that is not what it should be.
     """
     root = Path(ann_root).expanduser().absolute()
+    if root.is_file():
+        return _group(root, read_form(root, split, split_seed))
     stem = STEMS.get(dataset, dataset)
-    own_json = root / f"{stem}_{split}.json"
-    karpathy = root / f"dataset_{KARPATHY_NAMES.get(dataset, dataset)}.json"
-    candidates = [own_json, karpathy, root / f"{stem}_{split}.csv", root / f"{stem}.csv"]
+    own = [root / f"{stem}_{split}{ending}" for ending in ENDINGS]
+    karpathy, single = root / f"dataset_{KARPATHY_NAMES.get(dataset, dataset)}.json", root / f"{stem}.csv"
+    candidates = [own[0], karpathy, *own[1:], single]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        path = _usual_file(dataset, stem, root)
+        if path is not None:
+            return _group(path, read_form(path, split, split_seed))
     if path is None and dataset in STEMS:
-        path = _download(own_json)
+        path = _download(own[0])
     if path is None:
         if not root.is_dir():
             raise InputError(f"no annotation folder {root}; give the folder with --ann_root")
-        names = ", ".join(candidate.name for candidate in candidates)
+        names = ", ".join([*(candidate.name for candidate in candidates), *_usual_names(dataset, stem)])
         raise InputError(
             f"no annotations of '{dataset}' in {root}; looked for {names}; give their folder with --ann_root"
         )
-    if path.suffix == ".csv":
-        return _group(path, _csv_rows(path, split))
-    rows = _karpathy_rows(path, split) if path == karpathy else _json_rows(path)
-    return _group(path, rows)
+    if path == karpathy:
+        return _group(path, _karpathy_rows(path, split))
+    if path.suffix in (".jsonl", ".tsv") or is_other_form(path):
+        return _group(path, read_form(path, split if path == single else None, split_seed))
+    return _group(path, _csv_rows(path, split) if path.suffix == ".csv" else _json_rows(path))
+
+
+def _usual_names(dataset: str, stem: str) -> list[str]:
+    published = PUBLISHED.get(dataset, [name for names in PUBLISHED.values() for name in names])
+    return [*published, *USUAL, f"{stem}.json", f"{stem}.jsonl", f"{stem}.tsv"]
+
+
+def _usual_file(dataset: str, stem: str, root: Path) -> Path | None:
+    """The one file of a usual name, where no split has a file of its own."""
+    if any((root / f"{stem}_{split}{ending}").is_file() for split in SPLITS for ending in ENDINGS):
+        return None
+    names = _usual_names(dataset, stem)
+    paths = [path for name in names for path in (root.glob(name) if "*" in name else [root / name])]
+    found = sorted({path for path in paths if path.is_file()})
+    if len(found) > 1:
+        raise InputError(
+            f"{root} has the annotation files {', '.join(path.name for path in found)}; give one of them as --ann_root"
+        )
+    return found[0] if found else None
 
 
 def _download(path: Path) -> Path:
@@ -103,7 +140,7 @@ def _json_rows(path: Path) -> Iterator[tuple]:
     if not isinstance(rows, list):
         raise InputError(f"{path} is not a list of rows; give the ALBEF/BLIP form")
     for number, row in enumerate(rows, 1):
-        image, captions = _field(path, number, row, "image"), _field(path, number, row, "caption")
+        image, captions = field(path, number, row, "image"), field(path, number, row, "caption")
         yield number, image, [captions] if isinstance(captions, str) else captions, row.get("image_id")
 
 
@@ -111,15 +148,7 @@ def _karpathy_rows(path: Path, split: str) -> Iterator[tuple]:
     content = _read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise InputError(f"{path} has no list 'images'; give the Karpathy form")
-    for number, row in enumerate(content["images"], 1):
-        if not _in_split(_field(path, number, row, "split"), split):
-            continue
-        name, sentences = _field(path, number, row, "filename"), _field(path, number, row, "sentences")
-        folder = row.get("filepath", "")
-        if not (isinstance(name, str) and isinstance(folder, str) and isinstance(sentences, list)):
-            raise InputError(f"{path}, row {number}: 'filename' must be a text and 'sentences' a list")
-        captions = [_field(path, number, sentence, "raw") for sentence in sentences]
-        yield number, str(PurePosixPath(folder, name)), captions, None
+    yield from (row for row in karpathy_rows(path, content["images"]) if in_split(row[4], split))
 
 
 def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
@@ -132,29 +161,20 @@ def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
             if missing:
                 raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns")
             for number, row in enumerate(reader, 1):
-                if has_split or _in_split(row["split"], split):
+                if has_split or in_split(row["split"], split):
                     yield number, row["image"], [row["caption"]], row.get("image_id")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path} ({_one_line(error)}); give a UTF-8 csv file") from error
 
 
-def _in_split(name, split: str) -> bool:
-    return name == split or (name == "restval" and split == "train")
-
-
-def _field(path: Path, number: int, row, key: str):
-    if not isinstance(row, dict) or key not in row:
-        raise InputError(f"{path}, row {number}: no '{key}'; every row needs one")
-    return row[key]
-
-
-def _group(path: Path, rows: Iterator[tuple]) -> list[Record]:
+def _group(path: Path, rows: Iterable[tuple]) -> list[Record]:
     captions_of, id_of = {}, {}
-    for number, image, captions, image_id in rows:
+    for number, image, captions, image_id, *_ in rows:
         if not isinstance(image, str) or not image:
             raise InputError(f"{path}, row {number}: 'image' must be the name of a file")
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise InputError(f"{path}, row {number}: 'caption' must be a text or a list of texts")
+        image = image.replace("\\", "/")  # as Windows writes them
         captions_of.setdefault(image, []).extend(clean_caption(caption) for caption in captions)
         id_of.setdefault(image, PurePosixPath(image).stem if image_id is None else str(image_id))
     if not captions_of:

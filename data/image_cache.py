@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from data.errors import InputError
-from data.pairs import load_images
+from data.pairs import READING, load_images
 
 BLOCK = 256  # pictures in memory at once while the file is made
-RULE = "bicubic square 1"  # how a picture becomes a square; to be changed when `load_images` does
+RULE = "bicubic square 1"  # how a picture that is read becomes a square; to be changed when `load_images` does
 
 
 class ImageCache:
@@ -82,7 +82,7 @@ def _write(path: Path, paths, shape) -> None:
 
 
 def _cache_key(paths, side: int) -> str:
-    digest = hashlib.sha256(f"{RULE} {side}".encode())
+    digest = hashlib.sha256(f"{RULE} {READING} {side}".encode())
     for path in paths:
         status = path.stat()
         digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode())

@@ -1,15 +1,16 @@
 """Training pairs (one row per caption) and the retrieval set (one row per picture)."""
 
+import hashlib
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.annotations import Record
@@ -17,6 +18,7 @@ from data.errors import InputError
 from data.transforms import eval_transform
 
 DECODING_THREADS = min(16, os.cpu_count() or 1)
+READING = "upright 2"  # how `read_image` reads, for the keys of caches; to be changed when it does
 
 
 def find_images(records: list[Record], image_root: str | Path) -> list[Path]:
@@ -44,14 +46,38 @@ def find_images(records: list[Record], image_root: str | Path) -> list[Path]:
     return paths
 
 
+def shared_pictures(paths: list[Path], others: list[Path]) -> list[tuple[Path, Path]]:
+    """Pairs of one path of each list that are the same file or have the same bytes. Only files of one size are read."""
+    sizes = {path: os.path.getsize(path) for path in {*paths, *others}}
+    common = {sizes[path] for path in paths} & {sizes[path] for path in others}
+
+    def digests(some):
+        alike = dict.fromkeys(path for path in some if sizes[path] in common)
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            return dict(zip(alike, pool.map(_digest, alike), strict=True))
+
+    first_with = {digest: path for path, digest in digests(paths).items()}
+    return [(first_with[digest], path) for path, digest in digests(others).items() if digest in first_with]
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        return hashlib.sha1(path.read_bytes(), usedforsecurity=False).digest()
+    except OSError:  # said when it is read as a picture
+        return bytes(path)
+
+
 def read_image(path: str | Path) -> Image.Image:
-    """Decodes a picture of any mode into PIL RGB; transparent parts become white.
+    """Decodes a picture of any mode into PIL RGB, turned as its EXIF data say; transparent parts become white.
 
     Raises:
         InputError: the file is missing, broken or cut short.
     """
     try:
         with Image.open(path) as image:
+            image.load()
+            with suppress(Exception):  # broken EXIF data are no reason to leave a picture out
+                ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except Exception as error:  # decoders fail on broken files with almost any exception
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,7 @@ from data.pairs import (
     load_images,
     load_retrieval_set,
     pair_loader,
+    shared_pictures,
 )
 from data.text_cache import embed_captions
 from data.transforms import normalize, train_transform
@@ -46,7 +47,7 @@ def find_split(args, split: str) -> tuple[list[Record], list[Path]]:
     """The records of a split and their picture files, without opening a picture (but see --skip_broken)."""
     if args.dataset == "demo":
         make_demo(Path(args.ann_root))
-    records = read_split(args.dataset, split, args.ann_root)
+    records = read_split(args.dataset, split, args.ann_root, args.split_seed)
     paths = find_images(records, args.image_root)
     if args.skip_broken:
         records, paths, dropped = drop_unreadable(records, paths)
@@ -55,6 +56,14 @@ def find_split(args, split: str) -> tuple[list[Record], list[Path]]:
         if not records:
             raise InputError(f"no readable picture in {split}; check --image_root")
     return records, paths
+
+
+def warn_of_shared_pictures(train: tuple, *others: tuple) -> None:
+    """Says in one line if pictures of the train split are in other splits too; all as of `find_split`."""
+    shared = shared_pictures(train[1], [path for _, paths in others for path in paths])
+    if shared:
+        examples = ", ".join(f"{path.name} as {other.name}" for path, other in shared[:2])
+        print(f"warning: pictures of train that are also scored (same file or same bytes): {len(shared)}: {examples}")
 
 
 def make_text_encoder(args) -> TextEncoder:

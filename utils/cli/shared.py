@@ -12,7 +12,8 @@ from utils.recipes import RECIPES
 def add_data_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--image_root", default="./Flickr30k/flickr-image-dataset/flickr30k-images/", help="folder of the pictures")
-    add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files")
+    add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files, or the one file")
+    add("--split_seed", type=number(int, least=0), default=0, help="splits annotations that name no splits, by picture")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
     parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
     add("--cache_dir", default="cache", help="folder for cached caption embeddings, picture features and pictures")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
-from data.pairs import PictureViews, epoch_generator, load_images, pair_loader
+from data.pairs import READING, PictureViews, epoch_generator, load_images, pair_loader
 from data.transforms import normalize, train_transform
 from utils import ranks
 from utils.files import open_tensors, save_tensors
@@ -149,7 +149,7 @@ class EmbedLoader:
 
 
 def _cache_key(rule: str, paths, encoder) -> str:
-    digest = hashlib.sha256(f"{rule} {encoder.mean} {encoder.std} {encoder}".encode())
+    digest = hashlib.sha256(f"{rule} {READING} {encoder.mean} {encoder.std} {encoder}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
