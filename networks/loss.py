@@ -32,11 +32,12 @@ def contrastive_loss(image_features, text_features, temperature: float):
 
 
 def pair_loss(image_features, text_features, temperature: float, loss_type: str = "InfoNCE", similarity=None):
-    """One of `LOSS_TYPES`, the last three with soft targets (Xu et al., "Low-Rank Similarity Mining", ICML 2024).
+    """One of `LOSS_TYPES`, all but the first with soft targets (Xu et al., "Low-Rank Similarity Mining", ICML 2024).
 
     InfoNCE is `contrastive_loss`. With logits Z [B, B] as there and targets S:
-    NCE: the same cross-entropies against softmax(10 S), of rows one way and of columns the other. Without the
-        softmax, as published, a learned S drives the loss to minus infinity.
+    NCE: the same cross-entropies against softmax(10 S), of rows one way and of columns the other; LoRS's program
+        calls it KL, but for a constant and a factor B.
+    NCE_LoRS: what that program calls NCE, against S as it is. A learned S can drive it to minus infinity.
     BCE: binary cross-entropy of σ(Z) with S, the mean of all.
     WBCE: the same with log(σ + 1e-6), the mean over S > 0.5 and the mean over the rest, averaged.
 
@@ -52,11 +53,16 @@ def pair_loss(image_features, text_features, temperature: float, loss_type: str 
 
 
 def _nce(logits, similarity):
-    losses = (
-        -(torch.softmax(SHARPNESS * targets, dim=1) * torch.log_softmax(values, dim=1)).sum(dim=1).mean()
-        for values, targets in ((logits, similarity), (logits.T, similarity.T))
-    )
-    return sum(losses) / 2
+    rows, columns = (torch.softmax(SHARPNESS * similarity, dim=dim) for dim in (1, 0))
+    return (_cross_entropy(logits, rows) + _cross_entropy(logits.T, columns.T)) / 2
+
+
+def _nce_lors(logits, similarity):
+    return (_cross_entropy(logits, similarity) + _cross_entropy(logits.T, similarity.T)) / 2
+
+
+def _cross_entropy(logits, targets):
+    return -(targets * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
 def _bce(logits, similarity):
@@ -71,5 +77,5 @@ def _wbce(logits, similarity):
     return sum(means) / 2
 
 
-_SOFT_LOSSES = {"NCE": _nce, "BCE": _bce, "WBCE": _wbce}
+_SOFT_LOSSES = {"NCE": _nce, "NCE_LoRS": _nce_lors, "BCE": _bce, "WBCE": _wbce}
 LOSS_TYPES = ("InfoNCE", *_SOFT_LOSSES)

@@ -80,6 +80,21 @@ def test_nce_is_a_cross_entropy_against_distributions(features, soft):
     assert pair_loss(*features, 0.1, "NCE", soft).item() == pytest.approx((sum(rows) + sum(columns)) / 10, rel=1e-10)
 
 
+def test_nce_of_lors_takes_similarities_as_they_are(features, soft):
+    """A row whose similarities add up to more weighs more."""
+    z, s = by_entries(features, lambda z, i, j: z), soft.tolist()
+    rows = [sum(s[i][j] * math.log(math.exp(z[i][j]) / sum(map(math.exp, z[i]))) for j in range(5)) for i in range(5)]
+    columns = [
+        sum(s[i][j] * math.log(math.exp(z[i][j]) / sum(math.exp(z[k][j]) for k in range(5))) for i in range(5))
+        for j in range(5)
+    ]
+    expected = -(sum(rows) + sum(columns)) / 10
+    assert pair_loss(*features, 0.1, "NCE_LoRS", soft).item() == pytest.approx(expected, rel=1e-10)
+    identity = torch.eye(5, dtype=torch.float64)
+    of_identity = pair_loss(*features, 0.1, "NCE_LoRS", identity).item()
+    assert of_identity == pytest.approx(contrastive_loss(*features, 0.1).item(), rel=1e-10)
+
+
 def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
     similarity = torch.eye(5, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.SGD([similarity], lr=10.0)
@@ -91,7 +106,7 @@ def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
     assert 0 <= loss.item() < pair_loss(*features, 0.1, "NCE").item()
 
 
-@pytest.mark.parametrize("loss_type", ["NCE", "BCE", "WBCE"])
+@pytest.mark.parametrize("loss_type", ["NCE", "NCE_LoRS", "BCE", "WBCE"])
 def test_without_a_similarity_targets_are_the_identity(features, loss_type):
     identity = torch.eye(5, dtype=torch.float64)
     assert torch.equal(pair_loss(*features, 0.1, loss_type), pair_loss(*features, 0.1, loss_type, identity))
@@ -113,7 +128,13 @@ def with_similarity(problem, sim_type, loss_type):
 
 @pytest.mark.parametrize(
     ("sim_type", "loss_type", "momentum", "pair_chunk"),
-    [("lowrank", "WBCE", 0.9, None), ("lowrank", "WBCE", 0.0, 2), ("full", "NCE", 0.9, 2), ("full", "BCE", 0.0, None)],
+    [
+        ("lowrank", "WBCE", 0.9, None),
+        ("lowrank", "WBCE", 0.0, 2),
+        ("full", "NCE", 0.9, 2),
+        ("full", "BCE", 0.0, None),
+        ("full", "NCE_LoRS", 0.9, 2),
+    ],
 )
 def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, momentum, pair_chunk):
     """With dropout and mini-batches; that of S and of its factors too."""
