@@ -292,7 +292,8 @@ def karpathy_rows(path: Path, images: list) -> Iterator[tuple]:
 def _coco_rows(path: Path, content: dict) -> list[tuple]:
     name_of = {}
     for number, image in enumerate(content["images"], 1):
-        name_of[field(path, number, image, "id")] = field(path, number, image, "file_name")
+        image_id = field(path, number, image, "id")
+        name_of[image_id] = field(path, number, image, "file_name")
     rows = []
     for number, row in enumerate(content["annotations"], 1):
         image_id = field(path, number, row, "image_id")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data.errors import InputError
 from data.transforms import eval_transform
 
 DECODING_THREADS = min(16, os.cpu_count() or 1)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # it names no picture
 READING = "upright 2"  # how `read_image` reads, for the keys of caches; to be changed when it does
 
 

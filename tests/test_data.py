@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import image_cache
 from data.annotations import Record, clean_caption, read_split
 from data.errors import InputError
 from data.pairs import (
@@ -24,6 +25,7 @@ from data.pairs import (
 )
 from data.text_cache import embed_captions
 from data.transforms import denormalize, eval_transform, normalize, train_transform
+from utils.scoring import features
 
 PICTURES = {"pics/a.png": ["A dog.", "Two dogs!"], "pics/b.png": [f"Cat number {i}." for i in range(6)]}
 EXPECTED = [
@@ -237,6 +239,34 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
 def test_transparent_parts_become_white(tmp_path):
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_pictures_are_turned_as_their_exif_data_say(tmp_path, ending):
+    pixels = np.zeros((16, 24, 3), dtype=np.uint8)
+    pixels[:8, :12] = 255  # white at the upper left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    Image.fromarray(pixels).save(tmp_path / f"a.{ending}", exif=exif)
+    decoded = read_image(tmp_path / f"a.{ending}")
+    assert decoded.size == (16, 24)
+    assert decoded.getpixel((14, 2))[0] > 200 and decoded.getpixel((2, 2))[0] < 50
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_data_do_not_matter(tmp_path):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00nonsense")
+    assert read_image(tmp_path / "a.jpg").size == (6, 4)
+
+
+def test_keys_of_caches_name_how_pictures_are_read(tmp_path, pictures, monkeypatch):
+    encoder = torch.nn.Linear(2, 2)
+    encoder.mean, encoder.std = MEAN, STD
+    for module, more in ((image_cache, (16,)), (features, (encoder,))):
+        arguments = (pictures[1], *more) if module is image_cache else ("16", pictures[1], *more)
+        key = module._cache_key(*arguments)
+        monkeypatch.setattr(module, "READING", "of another version")
+        assert module._cache_key(*arguments) != key
 
 
 def cut_short(path):
