@@ -2,6 +2,10 @@
 
 import argparse
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +239,43 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         main([])
+
+
+PRINTS_A_LOT = """
+from utils import cli
+
+@cli.one_line_errors
+def main(argv=None):
+    for number in range({}):
+        print(number)
+
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "codes"),
+    [
+        (["coreset.py", "--help"], (0, 141)),  # argparse itself passes over what cannot be printed
+        (["-c", PRINTS_A_LOT.format(10)], (141,)),
+        (["-u", "-c", PRINTS_A_LOT.format(10000)], (141,)),
+    ],
+    ids=["help", "at the end", "unbuffered"],
+)
+def test_output_that_nobody_reads_ends_quietly(program, codes):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, *program], stdout=writer, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], timeout=240
+    )
+    os.close(writer)
+    assert ended.stderr == b"" and ended.returncode in codes
+
+
+def test_another_broken_pipe_is_no_quiet_end():
+    @cli.one_line_errors
+    def main(argv=None):
+        raise BrokenPipeError(errno.EPIPE, "of a worker")
+
+    with pytest.raises(BrokenPipeError):
+        main()

@@ -2,21 +2,36 @@
 
 import errno
 import functools
+import os
+import select
+import sys
 
 from data.errors import InputError
 from utils import ranks
 from utils.device import is_out_of_memory
 
+BROKEN_PIPE = 128 + 13  # the exit code of what SIGPIPE ends
+
 
 def one_line_errors(main):
-    """Joins the ranks, and turns an error that is the user's to mend into one line and exit code 2."""
+    """Joins the ranks, and turns an error that is the user's to mend into one line and exit code 2.
+
+    Where nobody reads the output any longer, as with `| head`, the run ends without a word.
+    """
 
     @functools.wraps(main)
     def guarded(argv=None) -> int:
         try:
-            ranks.start()
-            main(argv)
-            ranks.end()
+            try:
+                ranks.start()
+                main(argv)
+                ranks.end()
+            finally:
+                sys.stdout.flush()  # what is left would fail when the interpreter ends
+        except BrokenPipeError:
+            if not _drop_unread_output():
+                raise
+            return BROKEN_PIPE
         except InputError as error:
             return ranks.fail(f"error: {error}", 2)
         except OSError as error:
@@ -36,3 +51,22 @@ def one_line_errors(main):
         return 0
 
     return guarded
+
+
+def _drop_unread_output() -> bool:
+    """Leads stdout and stderr, where their reader is gone, to nowhere; says whether one of them was."""
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+    for stream in gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(gone)
+
+
+def _reader_is_gone(stream) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    except (OSError, ValueError):  # no real file, or a closed one
+        return False
