@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data.errors import InputError
-from data.forms import SPLITS, field, in_split, is_other_form, karpathy_rows, read_form
+from data.forms import SPLITS, field, in_split, is_other_form, karpathy_rows, read_form, read_split_folder
 
 STEMS = {"flickr": "flickr30k", "coco": "coco_karpathy"}
 ENDINGS = (".json", ".csv", ".jsonl", ".tsv")
@@ -50,7 +50,7 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
         split: train, val or test.
         ann_root: folder with `{stem}_{split}.json`, `dataset_{name}.json`, `{stem}_{split}.csv` (or .jsonl, .tsv) or
             `{stem}.csv`; the first one found is read. Where there is none, the one file of a usual name, see
-            docs/data.md; flickr and coco are downloaded if there is none either. Or that file itself.
+            docs/files.md; flickr and coco are downloaded if there is none either. Or that file itself.
         split_seed: of the splits of a file that names none.
 
     Raises:
@@ -68,6 +68,9 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
         path = _usual_file(dataset, stem, root)
         if path is not None:
             return _group(path, read_form(path, split, split_seed))
+        in_folder = read_split_folder(root, split)
+        if in_folder is not None:
+            return _group(*in_folder)
     if path is None and dataset in STEMS:
         path = _download(own[0])
     if path is None:

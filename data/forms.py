@@ -1,4 +1,4 @@
-"""Annotation files in the forms that data sets are published in, told apart by what is in them; see docs/data.md.
+"""Annotation files in the forms that data sets are published in, told apart by what is in them; see docs/files.md.
 
 A row is (its number from 1, the picture's name, its captions, image_id or None, split or None).
 """
@@ -20,6 +20,7 @@ SPLITS = ("train", "val", "test")
 COLUMNS = (
     *(("image", "caption"), ("image_name", "comment"), ("filepath", "title")),
     *(("file_name", "text"), ("file_name", "caption"), ("file_name", "captions")),
+    *(("image_path", "caption"), ("image_name", "caption"), ("filename", "caption")),
 )
 OTHER_NAMES = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}  # of splits
 TOKEN = re.compile(r"([^\t]+)#(\d+)\t(.*)")
@@ -47,6 +48,16 @@ def read_form(path: Path, split: str | None = None, split_seed: int = 0) -> list
     if split_of is None:
         return [row for row in rows if in_split(row[4], split)]
     return [row for row in rows if split_of.get(_name(row)) == split]
+
+
+def read_split_folder(root: Path, split: str) -> tuple[Path, list[tuple]] | None:
+    """The file metadata.jsonl or metadata.csv in a split's own folder, and its rows; None if there is none."""
+    folders = [split, *(name for name, of in OTHER_NAMES.items() if of == split)]
+    paths = (root / folder / f"metadata{ending}" for folder in folders for ending in (".jsonl", ".csv"))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    return path, [(row[0], f"{path.parent.name}/{row[1]}", *row[2:]) for row in read_form(path)]
 
 
 def in_split(name, split: str) -> bool:
@@ -98,7 +109,7 @@ def _name(row: tuple) -> str:
 
 
 def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "")
+    return next((line for line in text.split("\n") if line.strip()), "")
 
 
 def _text(path: Path) -> str:
@@ -144,7 +155,7 @@ def _listed_splits(path: Path, names: set[str], lists: dict[str, str], there: li
     by_stem = {PurePosixPath(name).stem: name for name in names}  # some lists leave the ending out
     split_of = {}
     for split, list_name in lists.items():
-        for line in _text(path.parent / list_name).splitlines():
+        for line in _text(path.parent / list_name).split("\n"):
             entry = line.strip().replace("\\", "/")
             name = entry if entry in names else by_stem.get(entry)
             if name is not None and split_of.setdefault(name, split) != split:
@@ -159,7 +170,7 @@ def _listed_splits(path: Path, names: set[str], lists: dict[str, str], there: li
 
 def _token_rows(path: Path, text: str) -> list[tuple]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         found = TOKEN.fullmatch(line)
         if found is None and line.strip():
             raise InputError(f"{path}, line {number}: not NAME#NUMBER, a tab and a caption; repair the line")
@@ -214,7 +225,7 @@ def _table_rows(path: Path, text: str) -> list[tuple]:
 
 def _fields(path: Path, text: str, separator: str) -> list[list[str]]:
     if separator == "|":  # quotes are part of the captions there
-        return [line.split(separator) for line in text.splitlines() if line.strip()]
+        return [line.split(separator) for line in text.split("\n") if line.strip()]
     try:
         lines = io.StringIO(text.lstrip("\r\n"), newline="")
         return [fields for fields in csv.reader(lines, delimiter=separator) if fields]

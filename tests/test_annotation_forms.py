@@ -188,6 +188,22 @@ def test_file_of_one_split(tmp_path, name, content):
     assert "mine_test.json" in error_line(read_split, "mine", "test", tmp_path)
 
 
+def test_folders_of_the_splits(tmp_path):
+    for folder in ("train", "validation"):
+        (tmp_path / folder).mkdir()
+        json_lines(tmp_path / folder / "metadata.jsonl", [{"file_name": "b.jpg", "text": f"A {folder} dog."}])
+    assert read_split("mine", "train", tmp_path) == [Record("train/b.jpg", ("a train dog",), "b")]
+    assert read_split("mine", "val", tmp_path) == [Record("validation/b.jpg", ("a validation dog",), "b")]
+    assert "no annotations" in error_line(read_split, "mine", "test", tmp_path)
+
+
+def test_unusual_line_ends_are_part_of_a_caption(tmp_path):
+    (tmp_path / "mine_val.tsv").write_text("filepath\ttitle\na.jpg\tA dog\u2028runs\x0b.\n", encoding="utf-8")
+    (tmp_path / "results_20130124.token").write_text("a.jpg#0\tA dog\u2028runs\x0b.\n" * 3, encoding="utf-8")
+    assert read_split("mine", "val", tmp_path)[0].captions == ("a dog runs",)
+    assert "1 pictures" in error_line(read_split, "mine", "val", tmp_path / "results_20130124.token")
+
+
 def test_windows_separators_lead_to_the_pictures(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "a/b.jpg")
