@@ -162,7 +162,8 @@ def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
             reader = csv.DictReader(file)
             missing = [name for name in needed if name not in (reader.fieldnames or [])]
             if missing:
-                raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns")
+                way_out = ", or give the file as --ann_root to have it split" if missing == ["split"] else ""
+                raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns{way_out}")
             for number, row in enumerate(reader, 1):
                 if has_split or in_split(row["split"], split):
                     yield number, row["image"], [row["caption"]], row.get("image_id")
