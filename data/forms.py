@@ -61,7 +61,7 @@ def read_split_folder(root: Path, split: str) -> tuple[Path, list[tuple]] | None
 
 
 def in_split(name, split: str) -> bool:
-    return OTHER_NAMES.get(name, name) == split
+    return isinstance(name, str) and OTHER_NAMES.get(name, name) == split
 
 
 def is_other_form(path: Path) -> bool:
@@ -73,13 +73,19 @@ def is_other_form(path: Path) -> bool:
         separator, columns = _table_columns(first) or (",", COLUMNS[0])
         return bool(TOKEN.fullmatch(first)) or separator != "," or COLUMNS[0] not in _fitting(columns)
     try:
-        content = json.loads(text)
+        # Of a list, which may be long, the first row tells.
+        content = _first_row(text) if start == "[" else json.loads(text)
     except json.JSONDecodeError:
         return start == "{" and _is_object(_first_line(text))
-    if isinstance(content, list):
-        fitting = _fitting(content[0]) if content and isinstance(content[0], dict) else []
+    fitting = _fitting(content) if isinstance(content, dict) else []
+    if start == "[":
         return bool(fitting) and COLUMNS[0] not in fitting
-    return "images" in content or bool(_fitting(content))
+    return bool(fitting) or "images" in content
+
+
+def _first_row(text: str):
+    start = re.match(r"\s*\[\s*", text).end()
+    return json.JSONDecoder().raw_decode(text, start)[0]
 
 
 def _is_object(text: str) -> bool:
@@ -304,11 +310,13 @@ def _coco_rows(path: Path, content: dict) -> list[tuple]:
     name_of = {}
     for number, image in enumerate(content["images"], 1):
         image_id = field(path, number, image, "id")
+        if not isinstance(image_id, (int, str)):
+            raise InputError(f"{path}, row {number}: 'id' must be a number or a text")
         name_of[image_id] = field(path, number, image, "file_name")
     rows = []
     for number, row in enumerate(content["annotations"], 1):
         image_id = field(path, number, row, "image_id")
-        if image_id not in name_of:
+        if not isinstance(image_id, (int, str)) or image_id not in name_of:
             raise InputError(f"{path}, annotation {number}: no picture with id {image_id} in 'images'; repair the file")
         rows.append((number, name_of[image_id], [field(path, number, row, "caption")], image_id, None))
     return rows

@@ -248,6 +248,12 @@ BROKEN = {
     "list without": ("mine.json", '[{"file_name": "a"}]', ["row 1", "file_name and text"]),
     "lost picture": ("captions_val2014.json", '{"images": [], "annotations": [{"image_id": 5}]}', ["id 5", "1"]),
     "no id": ("captions_val2014.json", '{"images": [{}], "annotations": []}', ["row 1", "'id'"]),
+    "id is a list": (
+        "captions_val2014.json",
+        '{"images": [{"id": [1], "file_name": "a"}], "annotations": []}',
+        ["'id'"],
+    ),
+    "split is a list": ("metadata.jsonl", '{"file_name": "a", "text": "b", "split": ["train"]}', ["no rows"]),
     "not a text": ("metadata.jsonl", '{"file_name": 3, "text": "b"}\n' * 2, ["pictures"]),
     "not UTF-8": ("captions.txt", b"image,caption\na,\xff", ["UTF-8"]),
 }
@@ -304,8 +310,7 @@ def test_scripts_tell_of_pictures_in_two_splits(tiny_data, tmp_path, run_buffer,
     write_json(root / "tiny_val.json", val)
     argv = ["--ann_root", root, "--image_root", root]
     assert run_buffer(tmp_path / "b", "--num_experts", 1, "--train_epochs", 1, *argv) == 0
-    first, second = (image.rpartition("/")[2] for image in images[:2])
-    told = f"also scored (same file or same bytes): 3: {first} as {first}, {second} as {second}\n"
+    told = f"have 3 in common, by file or by bytes: {root / images[0]}, {root / images[1]}\n"
     assert told in capsys.readouterr().out
     assert run_distill(tmp_path / "r", "--Iteration", 0, *argv) == 0
     assert told in capsys.readouterr().out

@@ -62,8 +62,11 @@ def warn_of_shared_pictures(train: tuple, *others: tuple) -> None:
     """Says in one line if pictures of the train split are in other splits too; all as of `find_split`."""
     shared = shared_pictures(train[1], [path for _, paths in others for path in paths])
     if shared:
-        examples = ", ".join(f"{path.name} as {other.name}" for path, other in shared[:2])
-        print(f"warning: pictures of train that are also scored (same file or same bytes): {len(shared)}: {examples}")
+        examples = ", ".join(f"{path}" if path == other else f"{path} as {other}" for path, other in shared[:2])
+        print(
+            f"warning: the pictures of train and those that are scored have {len(shared)} in common, by file or by "
+            f"bytes: {examples}"
+        )
 
 
 def make_text_encoder(args) -> TextEncoder:
