@@ -5,6 +5,7 @@ with, if it says so; another encoder than a set's own shows how the set transfer
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -28,6 +29,7 @@ from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
     as_numbers,
+    choose_rates,
     compare_rows,
     embedded_once,
     evaluate_retrieval,
@@ -43,8 +45,10 @@ from utils.synset import SynSet, load_synset
 INHERITED = (
     *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
     "split_seed",
-    *("text_encoder", "text_pretrained", "text_pooling", "temperature", "num_eval", "epoch_eval_train", "batch_train"),
+    *("text_encoder", "text_pretrained", "text_pooling", "num_eval"),
 )
+# How the networks of one table train: the flag's value, else what all distilled sets say, else the flag's own default.
+PROTOCOL = ("epoch_eval_train", "batch_train", "temperature")
 # Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
 OF_ENCODER = {
     **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
@@ -75,8 +79,9 @@ def parse_args(argv=None):
     parser.add_bool(
         "tune_rates",
         False,
-        "choose rates on validation for each set and encoder, from the same number of candidates for every set: "
-        "its own (learned, if distilled) and each pair of the two grids, one network each",
+        "choose rates on validation for each set and encoder, from the same candidates for every set: the own rates of "
+        "all (learned, if distilled) and each pair of the two grids, one network each; a grid whose edge is best is "
+        "extended once, for all sets",
     )
     add("--grid_img", nargs="+", type=cli.positive, default=[0.01, 0.1], help="image rates that --tune_rates tries")
     add("--grid_txt", nargs="+", type=cli.positive, default=[0.01, 0.1], help="text rates that --tune_rates tries")
@@ -109,8 +114,9 @@ def parse_args(argv=None):
     cli.add_data_flags(parser)
     cli.add_network_flags(parser, several=True)
     cli.add_run_flags(parser)
-    parser.set_defaults(image_encoder=None, **dict.fromkeys(OF_ENCODER))
-    return parser.parse(argv, defaults=settings_of_first_set)
+    usual = {key: parser.get_default(key) for key in PROTOCOL}
+    parser.set_defaults(image_encoder=None, **dict.fromkeys([*OF_ENCODER, *PROTOCOL]))
+    return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})
 
 
 def load_set(path: str) -> SynSet:
@@ -133,6 +139,30 @@ def settings_of_first_set(args) -> dict:
         of_demo = recipe_defaults("evaluate.py", "demo", None)
         inherited = {key: value for key, value in of_demo.items() if key in vars(args)} | inherited
     return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
+
+
+def protocol_of_sets(args, usual: dict) -> dict:
+    """Defaults for `PROTOCOL`, whatever the order of the sets, and where they come from.
+
+    Raises InputError if distilled sets ask for different ones and no flag decides.
+    """
+    settings = {path: load_set(path).settings for path in args.synset}
+    values, sources = {}, []
+    for key in PROTOCOL:
+        asked = {path: made[key] for path, made in settings.items() if key in made}
+        values[key] = next(iter(asked.values()), usual[key])
+        if getattr(args, key) is not None:
+            sources.append(f"--{key} is given")
+        elif len(set(asked.values())) > 1 and not (args.export or args.export_pt):
+            path, other = next(pair for pair in itertools.combinations(asked, 2) if asked[pair[0]] != asked[pair[1]])
+            raise InputError(
+                f"{path} was scored with --{key} {asked[path]}, {other} with {asked[other]}; the networks of one table "
+                f"train alike: give --{key}"
+            )
+    if len(sources) < len(PROTOCOL):
+        distilled = [path for path, made in settings.items() if PROTOCOL[0] in made]
+        sources.append(f"as {distilled[0]} was scored" if distilled else "the defaults")
+    return {**values, "protocol": ", else ".join(sources)}
 
 
 @cli.one_line_errors
@@ -171,9 +201,8 @@ def main(argv=None):
         factory = make_factory(encoder, text_dim, args.eval_full)
         seen_test = embedded_once(test, factory, args.batch_size_test)
         seen_validation = embedded_once(validation, factory, args.batch_size_test) if args.tune_rates else None
-        for path, synset in synsets.items():
-            if args.tune_rates:
-                synset = tuned(synset, seen_validation, factory, args)
+        of_encoder = tuned(synsets, seen_validation, factory, args) if args.tune_rates else synsets
+        for path, synset in of_encoder.items():
             results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
             rows.append(row_of_set(path, synset, name, factory.trains, results, args))
             announce(rows[-1])
@@ -270,14 +299,22 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
     return by_encoder
 
 
-def tuned(synset: SynSet, validation, factory, args) -> SynSet:
-    """The set with the best rates on validation: its own or one of the grid, one network each."""
+def tuned(synsets: dict[str, SynSet], validation, factory, args) -> dict[str, SynSet]:
+    """The sets with the best rates on validation, by one network each; see `choose_rates`."""
     args = argparse.Namespace(**{**vars(args), "looks": 0})  # those are at the test split
-    rates = [(synset.syn_lr_img, synset.syn_lr_txt)]
-    rates += [(lr_img, lr_txt) for lr_img in args.grid_img for lr_txt in args.grid_txt]
-    candidates = [replace(synset, syn_lr_img=lr_img, syn_lr_txt=lr_txt) for lr_img, lr_txt in rates]
-    results = ranks.spread(lambda c: score(c, validation, 1, VALIDATION_SEED, factory, args)[0]["r_mean"], candidates)
-    return candidates[results.index(max(results))]
+
+    def recall(path: str, rates) -> float:
+        return score(with_rates(synsets[path], rates), validation, 1, VALIDATION_SEED, factory, args)[0]["r_mean"]
+
+    own = {path: (synset.syn_lr_img, synset.syn_lr_txt) for path, synset in synsets.items()}
+    best, lines = choose_rates(own, (args.grid_img, args.grid_txt), recall)
+    for line in lines:
+        print(line)
+    return {path: with_rates(synset, best[path]) for path, synset in synsets.items()}
+
+
+def with_rates(synset: SynSet, rates) -> SynSet:
+    return replace(synset, syn_lr_img=rates[0], syn_lr_txt=rates[1])
 
 
 def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args) -> list[dict]:
@@ -330,9 +367,12 @@ def announce(row: dict) -> None:
 def write_tables(rows: list[dict], args) -> None:
     """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
     networks = f"mean ± std over {args.num_eval} networks per set"
-    text = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}:\n\n{markdown_table(rows)}\n"
+    trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train} ({args.protocol})"
+    head = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}, each trained {trained}"
+    text = f"{head}:\n\n{markdown_table(rows)}\n"
     print(text, end="")
     shared = {"dataset": args.dataset, "text_encoder": args.text_encoder, "num_eval": args.num_eval}
+    shared |= {key: getattr(args, key) for key in (*PROTOCOL, "protocol")}
     numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
     for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if file:

@@ -320,6 +320,8 @@ def test_rates_are_tuned_on_validation(run_evaluate, straight, capsys, monkeypat
     synset = load_synset(straight / "best.safetensors")
     own = round(synset.syn_lr_img, 3), round(synset.syn_lr_txt, 3)
     tried = [own, (0.02, 0.2), (0.02, 0.4), (0.03, 0.2), (0.03, 0.4)]
+    # 0.03 and 0.2 are edges of the grids, which get 0.045 and 0.1.
+    tried += [(0.02, 0.1), (0.03, 0.1), (0.045, 0.1), (0.045, 0.2), (0.045, 0.4)]
     assert asked == [(*rates, 1, evaluate.VALIDATION_SEED) for rates in tried] + [(0.03, 0.2, 2, evaluate.TEST_SEED)]
     assert table_rows(capsys.readouterr().out)[0][3] == "0.03 0.2"
 

@@ -15,7 +15,7 @@ from networks.clip_model import ModelFactory
 from networks.loss import contrastive_loss
 from utils import files
 from utils.matching import Pairs
-from utils.matching.learner import MIN_RATE, PairLearner
+from utils.matching.learner import PairLearner
 from utils.scoring import training
 from utils.scoring.evaluation import evaluate_synset, fit_images, look_epochs
 from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
@@ -312,7 +312,21 @@ def test_learned_rates_stay_positive_and_pixels_need_not():
     assert (image_syn == -9).all() and (text_syn == -9).all()
     for _ in range(20):  # each step can halve a rate
         learner.step(make_pairs())
-    assert lr_img.item() == lr_txt.item() == pytest.approx(MIN_RATE)
+    assert lr_img.item() == lr_txt.item() == pytest.approx(2.0**-21, rel=0.1)
+
+
+@pytest.mark.parametrize("lr_lr", [0.0, 0.1])
+def test_a_small_rate_is_not_raised_without_a_word(lr_lr):
+    """Nothing moves it without a gradient or without a rate of its own; a step at most doubles it."""
+    pairs = make_pairs()
+    pairs.syn_lr_img.fill_(2e-5)
+    pairs.syn_lr_txt.fill_(3e-5)
+    learner = PairLearner(pairs, 0.1, 0.1, lr_lr)
+    gradient = make_pairs(0.0 if lr_lr else -1.0)
+    learner.step(gradient)
+    assert pairs.syn_lr_img.item() == pytest.approx(2e-5) and pairs.syn_lr_txt.item() == pytest.approx(3e-5)
+    learner.step(make_pairs(-1.0))
+    assert pairs.syn_lr_img.item() == pytest.approx(4e-5 if lr_lr else 2e-5)
 
 
 def test_learner_tells_what_is_not_finite():

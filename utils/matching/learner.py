@@ -12,7 +12,6 @@ from utils.matching.pairs import NAMES, Pairs
 
 KIND = "distillation state"
 RATES = NAMES[2:]
-MIN_RATE = 1e-4  # rates that SGD learns are clamped here, so that they stay positive
 OLD_NAMES = {"momentum_buffer": "momentum"}  # of optimizer states in the file
 OPTIMIZERS = ("sgd", "adam")
 
@@ -20,8 +19,8 @@ OPTIMIZERS = ("sgd", "adam")
 class PairLearner:
     """Moves the pairs, by one of two optimizers.
 
-    "sgd", as published: momentum 0.5, on the values themselves; learned rates are at least `MIN_RATE`, and no step
-    more than doubles or halves one.
+    "sgd", as published: momentum 0.5, on the values themselves; no step more than doubles or halves a
+    learned rate, so that it stays positive.
     "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
     embeddings, lr_sim in units of S, and the learned rates move on a logarithmic scale, so that the same numbers fit
     other data and encoders.
@@ -114,7 +113,6 @@ class PairLearner:
         rate = self.named[name]
         if self.guard.limit_rate(before, rate):  # then the momentum is that of the step that was taken
             self.optimizer.state[rate]["momentum_buffer"] = (before - rate) / self.lr_lr
-        rate.clamp_(min=MIN_RATE)
 
     def is_finite(self) -> bool:
         return all(torch.isfinite(tensor).all() for tensor in self.named.values())

@@ -28,3 +28,4 @@ from utils.scoring.tables import (
     recall_table,
 )
 from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs
+from utils.scoring.tuning import choose_rates

@@ -1,0 +1,122 @@
+"""Rates chosen for the sets of a table, and how all of their networks train."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import evaluate
+from data.errors import InputError
+from utils.scoring import NonFiniteLoss, choose_rates
+from utils.synset import load_synset, save_synset
+
+GRIDS = [0.01, 0.1, 1.0], [0.01, 0.1, 1.0]
+
+
+def peak_at(lr_img, lr_txt):
+    """A recall that is highest at these rates."""
+    return lambda rates: -abs(math.log(rates[0] / lr_img)) - abs(math.log(rates[1] / lr_txt))
+
+
+def noted(recalls):
+    """(recall of a set by name and rates, what it was asked)."""
+    asked = {name: [] for name in recalls}
+    return lambda name, rates: asked[name].append(rates) or recalls[name](rates), asked
+
+
+def test_all_sets_have_the_same_distinct_candidates():
+    """Own rates that are on the grid, as a coreset's are, and that are not."""
+    recall, asked = noted({"coreset": peak_at(0.1, 0.1), "distilled": peak_at(0.05, 0.2)})
+    best, lines = choose_rates({"coreset": (0.1, 0.1), "distilled": (0.05, 0.2)}, GRIDS, recall)
+    assert asked["coreset"] == asked["distilled"] and len(set(asked["coreset"])) == len(asked["coreset"]) == 10
+    assert best == {"coreset": (0.1, 0.1), "distilled": (0.05, 0.2)} and lines == []
+
+
+def test_a_candidate_that_diverges_loses_and_is_said():
+    def recall(name, rates):
+        if rates[0] > 0.5:
+            raise NonFiniteLoss(math.nan)
+        return peak_at(0.5, 0.1)(rates)
+
+    best, lines = choose_rates({"a": (0.1, 0.1)}, GRIDS, recall)
+    assert best == {"a": (0.1, 0.1)}
+    assert len(lines) == 3 and lines[0] == "a: rates of 1 0.01 diverge and are left out"
+
+
+def test_a_set_that_always_diverges_is_named():
+    def recall(name, rates):
+        if name == "b":
+            raise NonFiniteLoss(math.inf)
+        return 1.0
+
+    with pytest.raises(InputError, match="^b diverges at every candidate rate; give smaller --grid_img"):
+        choose_rates({"a": (0.1, 0.1), "b": (0.1, 0.1)}, GRIDS, recall)
+
+
+def test_a_grid_is_extended_for_all_sets_where_one_does_best_at_its_edge():
+    recall, asked = noted({"a": peak_at(0.001, 0.1), "b": peak_at(0.1, 0.1)})
+    best, lines = choose_rates({"a": (0.1, 0.1), "b": (0.1, 0.1)}, GRIDS, recall)
+    assert asked["a"] == asked["b"] and asked["a"][9:] == [(0.001, 0.01), (0.001, 0.1), (0.001, 1.0)]
+    assert best == {"a": (0.001, 0.1), "b": (0.1, 0.1)}
+    (line,) = lines
+    assert line.startswith("a: its best image rate, 0.001, is at the edge of what was tried, 0.001 to 1;")
+    assert line.endswith("--grid_img")
+
+
+def test_a_grid_of_one_value_has_no_edge():
+    recall, asked = noted({"a": peak_at(1e-4, 0.1)})
+    _, lines = choose_rates({"a": (0.1, 0.1)}, ([0.1], [0.01, 0.1, 1.0]), recall)
+    assert len(asked["a"]) == 3 and lines == []
+
+
+# ---- one protocol for a table
+
+
+@pytest.fixture(scope="module")
+def sets(run_distill, tmp_path_factory):
+    """A coreset, which says nothing of evaluation, and two distilled sets, by name."""
+    folder = tmp_path_factory.mktemp("protocol")
+    assert run_distill(folder / "run", "--Iteration", 0, "--num_eval", 1, "--no_draw", "--no_report") == 0
+    synset = load_synset(folder / "run/best.safetensors")
+    plain = {key: value for key, value in synset.settings.items() if key not in evaluate.PROTOCOL}
+    made = {
+        "coreset": plain | {"method": "random"},
+        "a": plain | {"epoch_eval_train": 3, "batch_train": 4, "temperature": 0.1},
+        "b": plain | {"epoch_eval_train": 2, "batch_train": 4, "temperature": 0.1},
+    }
+    for name, settings in made.items():
+        save_synset(folder / f"{name}.safetensors", replace(synset, settings=settings))
+    return lambda *names: ["--synset", *(str(folder / f"{name}.safetensors") for name in names), "--num_eval", "1"]
+
+
+def protocol(path):
+    numbers = json.loads(path.read_text())
+    return [numbers[key] for key in evaluate.PROTOCOL], {
+        row["method"]: row["mean"]["r_mean"] for row in numbers["rows"]
+    }
+
+
+def test_a_tables_protocol_is_that_of_its_distilled_sets_in_any_order(sets, tmp_path, capsys):
+    found = []
+    for number, names in enumerate([("coreset", "a"), ("a", "coreset")]):
+        path = tmp_path / f"{number}.json"
+        assert evaluate.main([*sets(*names), "--json", str(path)]) == 0
+        found.append(protocol(path))
+        assert "each trained 3 epochs in batches of 4 (as " in capsys.readouterr().out
+    assert found[0] == found[1] and found[0][0] == [3, 4, 0.1]
+
+
+def test_flags_come_first_and_defaults_last(sets, tmp_path, capsys):
+    assert evaluate.main([*sets("a", "b"), "--epoch_eval_train", "1", "--json", str(tmp_path / "t.json")]) == 0
+    assert protocol(tmp_path / "t.json")[0] == [1, 4, 0.1]
+    assert "--epoch_eval_train is given, else as " in capsys.readouterr().out
+    assert evaluate.parse_args(sets("coreset")).protocol == "the defaults"
+    assert evaluate.parse_args(sets("coreset")).epoch_eval_train == 50
+
+
+def test_distilled_sets_that_ask_for_different_protocols_are_refused(sets, tmp_path, capsys):
+    assert evaluate.main([*sets("a", "b", "coreset"), "--json", str(tmp_path / "t.json")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "a.safetensors was scored with --epoch_eval_train 3" in line and "b.safetensors with 2" in line
+    assert line.endswith("give --epoch_eval_train") and not (tmp_path / "t.json").exists()

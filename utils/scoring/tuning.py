@@ -1,0 +1,82 @@
+"""Rates for sets of pairs, chosen on validation from the same candidates for every set of a table."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from data.errors import InputError
+from utils import ranks
+from utils.scoring.training import NonFiniteLoss
+
+Rates = tuple[float, float]  # of the image tower, of the text tower
+TOWERS = {"image": "--grid_img", "text": "--grid_txt"}
+EXTENSIONS = 1  # times that a grid is extended where a set does best at its edge
+
+
+def choose_rates(
+    own: dict[str, Rates], grids: tuple[Sequence[float], Sequence[float]], recall: Callable[[str, Rates], float]
+) -> tuple[dict[str, Rates], list[str]]:
+    """The best rates of each set by its name, and lines about what did not go well.
+
+    Candidates are each pair of the two grids and the own rates of all sets, the same for every set. Where a set does
+    best at the edge of a grid of several values, that grid gets one more value there, for all sets.
+
+    Args:
+        own: each set's own rates.
+        grids: image rates and text rates.
+        recall: of a network trained on the set of this name with these rates; the ranks share the calls.
+
+    Raises:
+        InputError: no candidate of a set gives a finite loss.
+    """
+    grids = [sorted(set(grid)) for grid in grids]
+    found: dict[str, dict[Rates, float]] = {name: {} for name in own}
+    lines = []
+    for extension in range(EXTENSIONS + 1):
+        candidates = dict.fromkeys([*own.values(), *itertools.product(*grids)])
+        new = [(name, rates) for name in own for rates in candidates if rates not in found[name]]
+        for (name, rates), value in zip(new, ranks.spread(lambda c: _finite(recall, *c), new), strict=True):
+            found[name][rates] = value
+            if value == -math.inf:
+                lines.append(f"{name}: rates of {_text(rates)} diverge and are left out")
+        best = {name: max(values, key=values.get) for name, values in found.items()}
+        for name, rates in best.items():
+            if found[name][rates] == -math.inf:
+                raise InputError(f"{name} diverges at every candidate rate; give smaller --grid_img and --grid_txt")
+        edges = {(tower, _edge(rates[tower], grids[tower])) for rates in best.values() for tower in (0, 1)}
+        if extension < EXTENSIONS:
+            grids = [_extended(grid, {edge for t, edge in edges if t == tower}) for tower, grid in enumerate(grids)]
+    return best, lines + [line for name, rates in best.items() for line in _edge_lines(name, rates, grids)]
+
+
+def _finite(recall, name: str, rates: Rates) -> float:
+    try:
+        return recall(name, rates)
+    except NonFiniteLoss:
+        return -math.inf
+
+
+def _edge(rate: float, grid: list[float]) -> int:
+    """-1 at the lowest value of a grid or below, 1 at the highest or above, else 0; 0 for a grid of one value."""
+    if len(grid) == 1:
+        return 0
+    return -1 if rate <= grid[0] else int(rate >= grid[-1])
+
+
+def _extended(grid: list[float], edges: set[int]) -> list[float]:
+    below = [float(f"{grid[0] ** 2 / grid[1]:.4g}")] if -1 in edges else []
+    above = [float(f"{grid[-1] ** 2 / grid[-2]:.4g}")] if 1 in edges else []
+    return [*below, *grid, *above]
+
+
+def _edge_lines(name: str, rates: Rates, grids: list[list[float]]) -> list[str]:
+    return [
+        f"{name}: its best {tower} rate, {rate:.3g}, is at the edge of what was tried, {grid[0]:.3g} to {grid[-1]:.3g};"
+        f" give a wider {flag}"
+        for (tower, flag), rate, grid in zip(TOWERS.items(), rates, grids, strict=True)
+        if _edge(rate, grid)
+    ]
+
+
+def _text(rates: Rates) -> str:
+    return " ".join(f"{rate:.3g}" for rate in rates)
