@@ -28,6 +28,7 @@ RECIPES = ("wu2024", "lors", "repblend", "ptmst", "adam", "heads")
 WITH_SIMILARITY = ("lors", "repblend", "ptmst", "heads")  # S takes the place of one pair
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace
+PROTOCOL = {"epoch_eval_train": 100, "batch_train": 128}  # of the networks of every cell, while it runs and at last
 LOOKS = 4  # evaluations on validation, beside the one at the start
 # Settings that change with the number of pairs: as published for Flickr30K by LoRS, RepBlend and PTM-ST, and what was
 # found for `heads` (docs/methods.md).
@@ -116,7 +117,8 @@ def finished(cell: dict, args) -> dict:
     memory = run("distill.py", command, folder, folder / "run/best.safetensors")
     evaluation = folder / "evaluation.json"
     rates = ["--tune_rates", "--grid_img", *args.grid_img, "--grid_txt", *args.grid_txt]
-    score = [*rates, "--num_eval", args.num_eval, "--json", evaluation]
+    trained = itertools.chain.from_iterable((f"--{name}", value) for name, value in PROTOCOL.items())
+    score = [*rates, *trained, "--num_eval", args.num_eval, "--json", evaluation]
     run("evaluate.py", ["--synset", folder / "run/best.safetensors", *score], folder, evaluation)
     (row,) = json.loads(evaluation.read_text())["rows"]
     lines = metrics(folder / "run")
@@ -146,7 +148,7 @@ def flags(cell: dict, args) -> list:
     """Of distill.py; what is given for all cells goes before a recipe."""
     recipe, pairs = cell["recipe"], cell["pairs"]
     own = {"num_queries": pairs - 1 if recipe in WITH_SIMILARITY else pairs, "seed": cell["seed"]}
-    own |= {"adjoint_decay": GRADIENTS[cell["gradient"]], **OF_SIZE.get(recipe, {}).get(pairs, {})}
+    own |= {"adjoint_decay": GRADIENTS[cell["gradient"]], **PROTOCOL, **OF_SIZE.get(recipe, {}).get(pairs, {})}
     named = itertools.chain.from_iterable((f"--{name}", value) for name, value in own.items())
     return ["--recipe", recipe, *named, *args.shared, "--disabled_wandb", "--no_draw", "--no_report"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import buffer
+import coreset
 import distill
 import evaluate
 from data.errors import InputError
@@ -172,6 +173,79 @@ def test_image_kwargs_are_python_values_as_json_keeps_them():
     assert buffer.parse_args([]).image_kwargs == {}
 
 
+LORS = {
+    **{"num_queries": 99, "mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07},
+    **{"loss_type": "WBCE", "sim_type": "lowrank", "sim_rank": 10, "alpha": 3.0, "lr_img": 100.0, "lr_txt": 100.0},
+    **{"lr_sim": 10.0, "epoch_eval_train": 100, "batch_train": 128},
+}
+HEADS = {"image_trainable": False, "only_has_image_projection": True}
+FIT = {"lr_teacher_img": "fit", "lr_teacher_txt": "fit"}
+EXPERTS_OF_HEADS = {"buffer": HEADS, "coreset": {"num_queries": 99, **HEADS}}
+FAST = {"lr_img": 1000.0, "lr_txt": 1000.0}
+# Every setting of every recipe, for the scripts that it changes.
+SETTINGS = {
+    "wu2024": {},
+    "adam": {"distill": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, **FIT}},
+    "lors": {"coreset": {"num_queries": 99}, "distill": LORS},
+    "heads": {
+        **EXPERTS_OF_HEADS,
+        "distill": {**LORS, **HEADS, **FIT, "segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9},
+    },
+    "repblend": {**EXPERTS_OF_HEADS, "distill": {**LORS, **HEADS, "blend_alpha": 1.0}},
+    "ptmst": {
+        **EXPERTS_OF_HEADS,
+        "distill": {**LORS, **HEADS, **FAST, "sim_type": "full", "ema_decay": 0.99, "shortcut": 5},
+    },
+    "demo": {
+        "buffer": {"no_aug": True, "num_experts": 2, "train_epochs": 3, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
+        "coreset": {
+            "no_aug": True,
+            "train_epochs": 3,
+            "lr_teacher_img": 0.03,
+            "lr_teacher_txt": 0.1,
+            "num_queries": 50,
+        },
+        "distill": {
+            **{"no_aug": True, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.03, "num_queries": 50, "lr_lr": 5e-4},
+            **{"mini_batch_size": 25, "Iteration": 60, "eval_it": 20, "lr_img": 100.0, "lr_txt": 5.0, "num_eval": 3},
+            "student_temperature": 0.07,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["buffer", "coreset", "distill"])
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_a_recipe_sets_what_it_names_and_nothing_else(name, recipe):
+    assert SETTINGS.keys() == RECIPES.keys()
+    argv = ["--method", "random"] if name == "coreset" else []
+    script = {**SCRIPTS, "coreset": coreset}[name]
+    args, usual = (vars(script.parse_args([*argv, *more])) for more in (["--recipe", recipe], []))
+    expected = SETTINGS[recipe].get(name, {})
+    assert {key: args[key] for key in expected} == expected
+    outer = {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe == "adam" else set()  # those of the optimizer
+    changed = {key for key in args if args[key] != usual[key]} - {"recipe"} - outer
+    assert changed <= expected.keys()
+
+
+def test_a_recipes_setting_that_is_no_flag_is_an_error(monkeypatch):
+    monkeypatch.setitem(RECIPES["heads"], "distill.py", {"segmens": 4})
+    with pytest.raises(ValueError, match="segmens, which distill.py has no flag for"):
+        distill.parse_args(["--recipe", "heads"])
+
+
+def test_a_script_that_gains_a_flag_gains_no_setting(monkeypatch):
+    """A loss of its own for experts would not become that of the students."""
+    parse = cli.Parser.parse
+
+    def with_new_flag(self, *args, **kwargs):
+        self.add_argument("--loss_type", default="InfoNCE")
+        return parse(self, *args, **kwargs)
+
+    monkeypatch.setattr(cli.Parser, "parse", with_new_flag)
+    assert buffer.parse_args(["--recipe", "heads"]).loss_type == "InfoNCE"
+
+
 @pytest.mark.parametrize("name", ["buffer", "distill"])
 def test_demo_changes_defaults_not_what_is_given(name):
     of_demo = recipe_defaults(f"{name}.py", "demo", None)
@@ -192,7 +266,7 @@ def test_defaults_work_together(argv):
     assert args.max_start_epoch - 1 + args.expert_epochs <= experts.train_epochs
     assert args.mini_batch_size is None or args.mini_batch_size <= args.num_queries
     same = {key for key in vars(args) if key in vars(experts)} - {"name"}
-    same -= set(RECIPES[args.recipe or "wu2024"].get("distill.py", {}))  # set apart on purpose
+    same -= {"lr_teacher_img", "lr_teacher_txt"} if argv else set()  # set apart on purpose
     assert {key: getattr(args, key) for key in same} == {key: getattr(experts, key) for key in same}
 
 

@@ -90,6 +90,15 @@ def test_gradients_and_seeds_are_cells():
     assert (given.num_queries, given.segments, given.lr_img, given.lr_txt, given.sim_rank) == (199, 2, 1000, 1000, 5)
 
 
+def test_every_cell_is_scored_by_one_protocol():
+    """Those of a recipe without lengths of its own too."""
+    own = ["--output", "x", "--seconds", "60", "--gradients", "exact", "--seeds", "0", "--", "--dataset", "demo"]
+    args = field.parse_args(own)
+    given = [distill.parse_args([str(flag) for flag in field.flags(cell, args)]) for cell in field.cells(args)]
+    assert len(given) == len(field.RECIPES)
+    assert {(a.epoch_eval_train, a.batch_train, a.temperature) for a in given} == {(100, 128, 0.07)}
+
+
 def test_a_budget_for_each_number_of_pairs(capsys):
     with pytest.raises(SystemExit):
         field.parse_args(["--output", "x", "--pairs", "100", "200", "--seconds", "60"])

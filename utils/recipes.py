@@ -5,51 +5,45 @@ from pathlib import Path
 FIT = "fit"  # in the place of a first student rate, see `utils.matching.fit_first_rates`
 RELEASED_STUDENT = 0.376  # 1 / ln(1 / 0.07): the released student's scale is not exponentiated
 
-FITTED = {"lr_teacher_img": FIT, "lr_teacher_txt": FIT}
-HEADS = {"image_trainable": False, "only_has_image_projection": True}
 # Of LoRS for 100 pairs of Flickr30K (Xu et al., ICML 2024); 99 pairs, as the similarity takes the place of one.
 LORS = {
     **{"num_queries": 99, "mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07},
     **{"loss_type": "WBCE", "sim_type": "lowrank", "sim_rank": 10, "alpha": 3.0},
     **{"lr_img": 100.0, "lr_txt": 100.0, "lr_sim": 10.0, "epoch_eval_train": 100, "batch_train": 128},
 }
+HEADS = {"image_trainable": False, "only_has_image_projection": True}
+FITTED = {"lr_teacher_img": FIT, "lr_teacher_txt": FIT}
+TEACHERS_OF_DEMO = {"lr_teacher_img": 0.03, "lr_teacher_txt": 0.1}
 
-# A recipe's settings, for each script that has the flag; those under a script's name are for it alone.
+
+def _of_lors(what_trains: dict, **of_distillation) -> dict:
+    """LoRS's settings with others of distill.py; coresets of as many pairs."""
+    return {
+        "buffer.py": what_trains,
+        "coreset.py": {"num_queries": LORS["num_queries"], **what_trains},
+        "distill.py": {**LORS, **what_trains, **of_distillation},
+    }
+
+
+# A recipe's settings, for each script; a key that is no flag of the script is an error.
 RECIPES = {
     "wu2024": {},  # the paper's settings are the flags' own defaults
-    "adam": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, "distill.py": FITTED},
-    "heads": {
-        **LORS,
-        **HEADS,
-        **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9},
-        "distill.py": FITTED,
-    },
-    "lors": LORS,
-    "repblend": {**LORS, **HEADS, "blend_alpha": 1.0},
-    "ptmst": {
-        **LORS,
-        **HEADS,
-        **{"sim_type": "full", "lr_img": 1000.0, "lr_txt": 1000.0, "ema_decay": 0.99, "shortcut": 5},
-    },
+    "adam": {"distill.py": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, **FITTED}},
+    "heads": _of_lors(HEADS, segments=4, lr_img=300.0, lr_txt=300.0, ema_decay=0.9, **FITTED),
+    "lors": _of_lors({}),
+    "repblend": _of_lors(HEADS, blend_alpha=1.0),
+    "ptmst": _of_lors(HEADS, sim_type="full", lr_img=1000.0, lr_txt=1000.0, ema_decay=0.99, shortcut=5),
     "demo": {
-        "no_aug": True,  # a flipped picture would make "left of" wrong
-        "num_experts": 2,
-        "train_epochs": 3,
-        "lr_teacher_img": 0.03,
-        "lr_teacher_txt": 0.1,
-        "num_queries": 50,
-        "mini_batch_size": 25,
-        "Iteration": 60,
-        "eval_it": 20,
-        "lr_img": 100.0,
-        "lr_txt": 5.0,
-        "lr_lr": 5e-4,
-        "student_temperature": 0.07,
-        "num_eval": 3,
-        "grid_img": [0.01, 0.03],
-        "grid_txt": [0.03, 0.1],
-        # The student takes 8 steps on 25 pairs where an expert took 118 on 128: at its rate it would go astray.
-        "distill.py": {"lr_teacher_txt": 0.03},
+        # A flipped picture would make "left of" wrong.
+        "buffer.py": {"no_aug": True, "num_experts": 2, "train_epochs": 3, **TEACHERS_OF_DEMO},
+        "coreset.py": {"no_aug": True, "num_queries": 50, "train_epochs": 3, **TEACHERS_OF_DEMO},
+        "distill.py": {
+            **{"no_aug": True, "num_queries": 50, "mini_batch_size": 25, "Iteration": 60, "eval_it": 20},
+            **{"lr_img": 100.0, "lr_txt": 5.0, "lr_lr": 5e-4, "student_temperature": 0.07, "num_eval": 3},
+            # The student takes 8 steps on 25 pairs where an expert took 118 on 128: at its rate it would go astray.
+            **{"lr_teacher_img": 0.03, "lr_teacher_txt": 0.03},
+        },
+        "evaluate.py": {"num_eval": 3, "grid_img": [0.01, 0.03], "grid_txt": [0.03, 0.1]},
     },
 }
 
@@ -76,5 +70,4 @@ def recipe_defaults(script: str, dataset: str, recipe: str | None) -> dict:
     """The defaults of `script` ("buffer.py" …) for a data set and a recipe; None stands for the data set's own."""
     is_demo = dataset == "demo"
     recipe = recipe or ("demo" if is_demo else "wu2024")
-    settings = {key: value for key, value in RECIPES[recipe].items() if not key.endswith(".py")}
-    return (DEMO_DATA if is_demo else {}) | settings | RECIPES[recipe].get(script, {}) | {"recipe": recipe}
+    return (DEMO_DATA if is_demo else {}) | RECIPES[recipe].get(script, {}) | {"recipe": recipe}

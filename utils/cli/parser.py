@@ -102,7 +102,11 @@ class Parser(argparse.ArgumentParser):
             defaults = recipe_defaults(self.prog, named.dataset, named.recipe)
             if named.optimizer not in (None, self.get_default("optimizer")):
                 defaults = {name: value for name, value in defaults.items() if name not in OUTER_RATES["sgd"]}
-            self.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+            if "recipe" not in known:  # evaluate.py's is the data set's own
+                del defaults["recipe"]
+            if unknown := defaults.keys() - known:
+                raise ValueError(f"a recipe sets {', '.join(sorted(unknown))}, which {self.prog} has no flag for")
+            self.set_defaults(**defaults)
 
     def _nearest(self, flag):
         visible = [o for a in self._actions if a.help != argparse.SUPPRESS for o in a.option_strings]
