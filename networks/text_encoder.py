@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from data.errors import InputError
 
@@ -56,7 +57,8 @@ class TextEncoder:
                 f"cannot load text encoder '{name}' ({reason}); give one of {', '.join(SHORT_NAMES)}, "
                 "a Hugging Face id that can be downloaded, or a local folder"
             ) from error
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        # A file in half precision is no reason to compute in it: slower on a CPU, and another embedding.
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.width = model.config.projection_dim if self.is_clip else model.config.hidden_size
 
     def _load(self, source, config, pretrained):
@@ -80,18 +82,24 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: list[str], batch_size: int = 256) -> torch.Tensor:
-        """Embeds captions: list of N strings -> float32 [N, D] on the CPU."""
-        embeddings = []
-        for first in range(0, len(captions), batch_size):
+        """Embeds captions: list of N strings -> float32 [N, D] on the CPU.
+
+        Long ones go first and together: a batch is padded to its longest.
+        """
+        embeddings = torch.empty(len(captions), self.width)
+        order = sorted(range(len(captions)), key=lambda row: -len(captions[row]))
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        few = True if len(batches) < 10 else None  # None: a bar on a terminal alone
+        for rows in tqdm(batches, desc="embedding captions", unit="batch", disable=few, leave=False):
             tokens = self.tokenizer(
-                captions[first : first + batch_size],
+                [captions[row] for row in rows],
                 padding=True,
                 truncation=True,
                 max_length=MAX_TOKENS,
                 return_tensors="pt",
             ).to(self.device)
-            embeddings.append(self._pool(tokens).float().cpu())
-        return torch.cat(embeddings)
+            embeddings[rows] = self._pool(tokens).cpu()
+        return embeddings
 
     def _pool(self, tokens):
         output = self.model(**tokens)

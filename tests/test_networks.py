@@ -253,6 +253,35 @@ def test_fingerprint_tells_encoders_apart(bert_folder, save_bert, tmp_path):
     assert encoder.fingerprint() != fingerprint
 
 
+def test_a_file_in_half_precision_is_computed_in_single(bert_folder, tmp_path):
+    """And keyed by its own rounded weights, which no embeddings made in half precision have."""
+    whole = TextEncoder(bert_folder, "mean")
+    model = transformers.AutoModel.from_pretrained(bert_folder).half()
+    model.save_pretrained(tmp_path / "half")
+    whole.tokenizer.save_pretrained(tmp_path / "half")
+    half = TextEncoder(str(tmp_path / "half"), "mean")
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    rounded = {
+        name: value.half().float() for name, value in whole.model.state_dict().items() if value.is_floating_point()
+    }
+    whole.model.load_state_dict(rounded, strict=False)
+    captions = ["a dog", "two dogs run"]
+    torch.testing.assert_close(half.encode(captions), whole.encode(captions), rtol=1e-6, atol=1e-6)
+    assert half.fingerprint() != TextEncoder(bert_folder, "mean").fingerprint()
+
+
+def test_captions_of_all_lengths_keep_their_order(bert_folder, monkeypatch):
+    """Embedded together by length, so that short ones are padded little, each is what it is alone."""
+    encoder, lengths = TextEncoder(bert_folder, "mean"), []
+    captions = [" ".join(["a dog runs"] * n) for n in (3, 1, 7, 2, 5, 1)]
+    pool = encoder._pool
+    monkeypatch.setattr(encoder, "_pool", lambda tokens: lengths.append(tokens["input_ids"].shape) or pool(tokens))
+    value = encoder.encode(captions, batch_size=2)
+    assert [rows for rows, _ in lengths] == [2, 2, 2] and sorted(lengths, reverse=True) == lengths
+    expected = torch.cat([encoder.encode([caption]) for caption in captions])
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_untrained_text_encoder_comes_from_a_fixed_seed(bert_folder):
     torch.manual_seed(1)
     state = torch.get_rng_state()
