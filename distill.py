@@ -390,9 +390,10 @@ def report(log, run: Path, synset: SynSet, results, args) -> None:
     )
     log.media(iteration, texts={"Synthetic_Sentences": synset.captions}, histograms={"Pixels": synset.image_syn})
     if args.draw:
-        grid = picture_grid(synset)
-        grid.save(run / f"synthetic_images_{iteration:06d}.png")
-        log.media(iteration, pictures={"Synthetic_Images": grid})
+        with log.aside("the picture grid"):
+            grid = picture_grid(synset)
+            grid.save(run / f"synthetic_images_{iteration:06d}.png")
+            log.media(iteration, pictures={"Synthetic_Images": grid})
 
 
 if __name__ == "__main__":

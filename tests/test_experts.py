@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import buffer
 import distill
@@ -230,3 +232,23 @@ def test_full_disk_is_one_line_and_leaves_no_file(train, tmp_path, capsys, monke
     line = error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     assert "No space left" in line
     assert [path.name for path in expert_of(tmp_path).parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_expert_that_is_not_finite_is_named(experts, run_distill, tmp_path, capsys, value):
+    """Where it is read, not hours later in a drawing."""
+    shutil.copytree(experts, tmp_path / "b")
+    broken, other = sorted((tmp_path / "b").rglob("expert_*.safetensors"))
+    other.unlink()
+    with safe_open(broken, "pt") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118, a handle is no dict
+        metadata = handle.metadata()
+    for key, tensor in tensors.items():
+        if key.startswith(("1/", "2/")):
+            tensors[key] = torch.full(tensor.shape, value)
+    broken.unlink()
+    save_file(tensors, broken, metadata)
+    capsys.readouterr()
+    assert run_distill(tmp_path / "r", "--Iteration", 2, "--buffer_path", tmp_path / "b") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: expert ") and broken.name in line and "not finite" in line

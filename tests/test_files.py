@@ -1,6 +1,7 @@
 """Trajectories and sets of pairs on disk: round trips, the released layout, damage, a full disk."""
 
 import errno
+import math
 from dataclasses import replace
 
 import pytest
@@ -352,6 +353,8 @@ def test_set_without_a_tensor(tmp_path):
         ({"image_syn": torch.ones(3, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8"),
         ({"text_syn": torch.randn(3, 5, 2)}, "text_syn is [3, 5, 2]"),
         ({"text_syn": torch.randn(3)}, "text_syn is [3]"),
+        ({"image_syn": torch.full((3, 3, 8, 8), math.nan)}, "image_syn has values that are not finite"),
+        ({"text_syn": torch.full((3, 5), math.inf)}, "text_syn has values that are not finite"),
         ({"syn_lr_img": [0.1, 0.2]}, "syn_lr_img is"),
         ({"syn_lr_img": 0.0}, "syn_lr_img is 0.0"),
         ({"syn_lr_txt": float("nan")}, "syn_lr_txt is nan"),

@@ -10,6 +10,7 @@ import wandb
 
 from data.errors import InputError
 from utils.log import Log
+from utils.ranks import RankLost
 
 
 @pytest.fixture
@@ -54,6 +55,37 @@ def test_experts_added_later_continue_the_wandb_run_and_others_do_not(offline, r
         path.unlink()
     assert run_buffer(tmp_path, *quick, 1, "--l2", 0.1) == 0
     assert wandb_id(folder) != first
+
+
+def test_an_error_of_wandb_ends_no_run_and_is_said_once(tmp_path, capsys):
+    """The numbers are in metrics.jsonl all the same; of what its user stops, nothing is held back."""
+
+    def broken(*args, **kwargs):
+        raise OSError("connection lost\nmore")
+
+    log = Log(tmp_path, {}, disabled_wandb=True)
+    log.run = SimpleNamespace(log=broken, finish=broken, settings=SimpleNamespace(mode="online"))
+    for step in range(2):
+        log({"loss": 1.0}, step=step)
+        log.media(step, texts={"a": ["b"]})
+    log.finish()
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: wandb left out, the run goes on (OSError: connection lost)",
+        "warning: wandb's pictures and texts left out, the run goes on (OSError: connection lost)",
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for error in (KeyboardInterrupt, RankLost):
+        with pytest.raises(error), log.aside("the page"):
+            raise error
+
+
+def test_a_caption_is_no_part_of_the_dashboards_page(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(wandb, "Html", lambda text: shown.append(text))
+    log = Log(tmp_path, {}, disabled_wandb=True)
+    log.run = SimpleNamespace(log=lambda *args, **kwargs: None)
+    log.media(0, texts={"captions": ["<script>alert(1)</script>", "a & b"]})
+    assert shown == ["&lt;script&gt;alert(1)&lt;/script&gt;<br>a &amp; b"]
 
 
 @pytest.fixture

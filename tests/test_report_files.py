@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -130,12 +132,37 @@ def test_coresets_that_do_not_fit_are_one_line(run_distill, tmp_path, error_line
     assert not (tmp_path / "r").exists()
 
 
-def test_missing_plotting_library_is_one_line(run_distill, straight, tmp_path, error_line, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "matplotlib" in error_line(run_distill, tmp_path / "r", "--Iteration", 0, "--report")
+@pytest.mark.parametrize("missing", ["matplotlib.figure", "jinja2"])
+def test_missing_library_of_the_report_is_one_line(run_distill, straight, tmp_path, error_line, monkeypatch, missing):
+    """At the start: before anything is read or written."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    name = missing.partition(".")[0]
+    assert f"pip install {name}" in error_line(run_distill, tmp_path / "r", "--Iteration", 0, "--report")
     assert not (tmp_path / "r").exists()
     argv = ["--synset", str(straight / "best.safetensors"), "--report", str(tmp_path / "p.html")]
-    assert "matplotlib" in error_line(evaluate.main, argv)
+    assert f"pip install {name}" in error_line(evaluate.main, argv)
+
+
+def test_an_error_in_the_page_is_one_warning_and_the_run_goes_on(run_distill, tmp_path, capsys, monkeypatch):
+    def broken(*args):
+        raise np.linalg.LinAlgError("Eigenvalues did not converge\nmore")
+
+    monkeypatch.setattr("utils.report.run.principal_plane", broken)
+    assert run_distill(tmp_path / "r", "--Iteration", 2, "--eval_it", 1, "--report") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and "report" in line]
+    assert lines == [
+        "warning: report.html left out, the run goes on (LinAlgError: Eigenvalues did not converge)",
+    ]
+    assert (tmp_path / "r/best.safetensors").exists()
+
+
+def test_an_error_in_the_picture_grid_is_one_warning(run_distill, tmp_path, capsys, monkeypatch):
+    def broken(*args):
+        raise OSError("cannot write PNG")
+
+    monkeypatch.setattr("distill.picture_grid", broken)
+    assert run_distill(tmp_path / "r", "--Iteration", 2, "--eval_it", 1, "--draw", "--no_report") == 0
+    assert capsys.readouterr().out.count("warning: the picture grid left out") == 1
 
 
 # ---- the page of a table, and wandb

@@ -1,6 +1,7 @@
 """Where numbers go: wandb (online, offline or off) and metrics.jsonl in the run folder."""
 
 import contextlib
+import html
 import json
 import netrc
 import os
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from data.errors import InputError
 from utils import ranks
@@ -16,6 +18,25 @@ from utils import ranks
 ID_FILE = "wandb_run_id"
 PROJECT = "DatasetDistillation"
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
+
+
+class Aside:
+    """Blocks that only show a run, and must not end it: what goes wrong within is one warning for each kind."""
+
+    def __init__(self):
+        self.told = set()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str):
+        try:
+            yield
+        except ranks.RankLost:
+            raise
+        except Exception as error:
+            if what not in self.told:
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                tqdm.write(f"warning: {what} left out, the run goes on ({type(error).__name__}: {reason})")
+            self.told.add(what)
 
 
 class Log:
@@ -44,7 +65,7 @@ class Log:
         fresh: bool = False,
     ):
         mode = None if disabled_wandb else _wandb_mode()
-        self.folder = folder
+        self.folder, self.aside = folder, Aside()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
@@ -60,7 +81,8 @@ class Log:
         values = {**values, "Seconds": round(time.monotonic() - self.started, 3)}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.run and step >= self.first_step:
-            self.run.log(values, step=step)
+            with self.aside("wandb"):
+                self.run.log(values, step=step)
 
     def media(self, step: int, pictures: dict | None = None, texts: dict | None = None, histograms: dict | None = None):
         """Shows PIL pictures, lists of sentences and tensors' histograms on the dashboard."""
@@ -68,10 +90,12 @@ class Log:
             return
         import wandb
 
-        shown = {name: wandb.Image(picture) for name, picture in (pictures or {}).items()}
-        shown |= {name: wandb.Html("<br>".join(lines)) for name, lines in (texts or {}).items()}
-        shown |= {name: wandb.Histogram(values.float().cpu().numpy()) for name, values in (histograms or {}).items()}
-        self.run.log(shown, step=step)
+        with self.aside("wandb's pictures and texts"):
+            shown = {name: wandb.Image(picture) for name, picture in (pictures or {}).items()}
+            # Captions are anybody's words: a tag in one must not become the page's.
+            shown |= {n: wandb.Html("<br>".join(map(html.escape, lines))) for n, lines in (texts or {}).items()}
+            shown |= {n: wandb.Histogram(values.float().cpu().numpy()) for n, values in (histograms or {}).items()}
+            self.run.log(shown, step=step)
 
     def final(self, step: int, columns: list[str], rows: list[list], page: Path) -> None:
         """Shows the final table, whose cells may be PIL pictures, and the HTML file `page` on the dashboard."""
@@ -79,13 +103,16 @@ class Log:
             return
         import wandb
 
-        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
-        table = wandb.Table(columns=columns, data=cells)
-        self.run.log({"Final_Table": table, "Report": wandb.Html(page, inject=False)}, step=step)
+        with self.aside("wandb's final table"):
+            cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+            table = wandb.Table(columns=columns, data=cells)
+            self.run.log({"Final_Table": table, "Report": wandb.Html(page, inject=False)}, step=step)
 
     def finish(self) -> None:
         self.file.close()
-        if self.run:
+        if not self.run:
+            return
+        with self.aside("wandb"):
             self.run.finish()
             if self.run.settings.mode == "offline":
                 # One folder for each start of the run; wandb sync takes those of one id in order of their start.

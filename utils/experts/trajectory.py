@@ -104,7 +104,8 @@ class Trajectory:
     def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
         """θ*_epoch by parameter name, on the CPU."""
         prefix = f"{epoch}/"
-        return {key[len(prefix) :]: self._read(key) for key in self.handles if key.startswith(prefix)}
+        named = {key[len(prefix) :]: self._read(key) for key in self.handles if key.startswith(prefix)}
+        return _finite(named, self.path, epoch)
 
     def _read(self, key: str) -> torch.Tensor:
         stored = self.handles[key].get_tensor(key)
@@ -112,6 +113,17 @@ class Trajectory:
             return stored
         first = "0/" + key.partition("/")[2]
         return unpack(self.handles[first].get_tensor(first), stored, self.scales[key])
+
+
+def _finite(named: dict[str, torch.Tensor], path: Path, epoch: int) -> dict[str, torch.Tensor]:
+    """The snapshot. Raises InputError if a value is infinite or not a number, which a sum shows at once."""
+    for name, value in named.items():
+        if not value.sum(dtype=torch.float32).isfinite():
+            raise InputError(
+                f"expert {path}: {name} after epoch {epoch} has values that are not finite; train it again with lower "
+                "--lr_teacher_img and --lr_teacher_txt, or leave it out"
+            )
+    return named
 
 
 class ReleasedTrajectory:
@@ -137,7 +149,7 @@ class ReleasedTrajectory:
 
     def snapshot(self, epoch: int) -> dict[str, torch.Tensor]:
         values = [*self.image_snapshots[epoch], *self.text_snapshots[epoch]]
-        return dict(zip(self.ordered_names, values, strict=True))
+        return _finite(dict(zip(self.ordered_names, values, strict=True)), self.path, epoch)
 
 
 def find_trajectories(

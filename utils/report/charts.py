@@ -1,6 +1,6 @@
 """Charts by matplotlib as SVG inside the page: text stays text, colours are the page's CSS variables."""
 
-import importlib.util
+import importlib
 import io
 import re
 from dataclasses import dataclass
@@ -29,9 +29,15 @@ SIZE = 4.4, 2.9  # inches; wide enough for a desktop's column, its text large en
 
 
 def check_installed() -> None:
-    """Raises InputError without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("a report needs matplotlib; pip install matplotlib, or leave the report out (--no_report)")
+    """Raises InputError without matplotlib or jinja2, or if they do not work: at the start, not after hours."""
+    for name in ("matplotlib.figure", "jinja2"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            name, reason = name.partition(".")[0], str(error).splitlines()[0]
+            raise InputError(
+                f"a report needs {name} ({reason}); pip install {name}, or leave the report out (--no_report)"
+            ) from error
 
 
 @dataclass

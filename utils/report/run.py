@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from utils.files import save_text
-from utils.log import Log
+from utils.log import Aside, Log
 from utils.pictures import picture_grid
 from utils.report.charts import check_installed
 from utils.report.features import pair_features, principal_plane, search_ranks, take_sample, thumbnails
@@ -79,11 +79,11 @@ class RunReport:
     """The report of one run. Without `enabled` every call does nothing.
 
     Raises:
-        InputError: see `read_coresets`, or matplotlib is not installed; later, a file cannot be written.
+        InputError: see `read_coresets`, or matplotlib is not installed.
     """
 
     def __init__(self, folder: Path, sources: Sources, enabled: bool = True):
-        self.folder, self.sources, self.enabled = folder, sources, enabled
+        self.folder, self.sources, self.enabled, self.aside = folder, sources, enabled, Aside()
         if enabled:
             check_installed()
         self.coresets = read_coresets(sources.coresets, sources.text_embed.shape[1]) if enabled else {}
@@ -93,9 +93,12 @@ class RunReport:
         self.set_features = None  # of the search's sample, by the last network trained on the set
 
     def update(self) -> None:
-        """Brings the page up to the sets and numbers that are in the folder now."""
-        if not self.enabled:
-            return
+        """Brings the page up to the sets and numbers that are in the folder now; see `Aside` for its errors."""
+        if self.enabled:
+            with self.aside("report.html"):
+                self._update()
+
+    def _update(self) -> None:
         self.known |= {"version": VERSION, "command": self.sources.command}
         self.known.setdefault("all_data", self._recalls_of_experts())
         self.known["coresets"] = self._validate_coresets()
@@ -108,18 +111,23 @@ class RunReport:
 
     def on_model(self, model) -> None:
         """For `evaluate_synset`: notes how a network trained on the best set sees the search's sample."""
-        if self.enabled:
+        if not self.enabled:
+            return
+        with self.aside("the report's search"):
             self.set_features = self._sample_features(self.search_sample, model)
 
     def finish(self, log: Log, best: SynSet, results: list[dict]) -> None:
         """Adds the final table and the search; `results` are the test recalls of `best`."""
-        if not self.enabled:
-            return
+        if self.enabled:
+            with self.aside("report.html"):
+                self._finish(log, best, results)
+
+    def _finish(self, log: Log, best: SynSet, results: list[dict]) -> None:
         rows = self._test_rows(best, results)
         self.known["test"] = [row for row, _ in rows]
         if self.set_features is not None:
             self.known["search"] = self._search(best)
-        self.update()
+        self._update()
         cells = [
             [*(cell["text"] for cell in table_cells(row)), picture_grid(synset) if synset else None]
             for row, synset in rows
