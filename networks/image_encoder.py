@@ -22,6 +22,11 @@ SHORT_NAMES = {
 }
 
 
+HUB_PREFIXES = ("hf_hub:", "hf-hub:", "timm/")  # of a timm model's name, as Hugging Face writes it
+# Before the keys of a checkpoint: of data parallel training, of a model around the encoder, of CLIP's image tower.
+KEY_PREFIXES = ("module.", "model.", "backbone.", "visual.")
+
+
 class ImageEncoder(nn.Module):
     """A timm model that maps normalised pixels to pooled features.
 
@@ -76,7 +81,8 @@ def build_image_encoder(
     Raises:
         InputError: unknown name, arguments or sizes the model refuses, weights that cannot be had.
     """
-    timm_name = SHORT_NAMES.get(name, name)
+    timm_name = plain_name(name)
+    timm_name = SHORT_NAMES.get(timm_name, timm_name)
     if not timm.is_model(timm_name.split(".")[0]):
         raise InputError(f"unknown image encoder '{name}'{_nearest(timm_name)}")
     kwargs = dict(kwargs or {})
@@ -95,20 +101,57 @@ def build_image_encoder(
             else ("check --image_size and --image_kwargs")
         )
         raise InputError(f"cannot build image encoder '{name}' for {image_size} px ({reason}); {advice}") from error
+    _check_size(model, name, image_size)
     if checkpoint is not None:
         _load_checkpoint(model, name, checkpoint)
     return ImageEncoder(model)
 
 
+def plain_name(name: str) -> str:
+    """A timm model's name without the hub before it: hf_hub:timm/NAME and timm/NAME are NAME."""
+    for prefix in HUB_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _check_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Raises InputError for pictures smaller than one cell of the last map of features: all else would be padding."""
+    cell = max((layer["reduction"] for layer in getattr(model, "feature_info", [])), default=1)
+    if image_size < cell:
+        raise InputError(f"--image_size {image_size} is less than one cell of '{name}', {cell} px; give {cell} or more")
+
+
 def _load_checkpoint(model: nn.Module, name: str, path: str) -> None:
     try:
         state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True)
-        model.load_state_dict(state)
+        model.load_state_dict(_fitting(state, model, path))
     except FileNotFoundError as error:
         raise InputError(f"image checkpoint {path} does not exist; check --image_checkpoint") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"image checkpoint {path} does not fit '{name}': {reason}") from error
+
+
+def _fitting(state: dict, model: nn.Module, path: str) -> dict:
+    """The state dict under the model's own keys: unwrapped, without prefixes, without a classifier the model lacks."""
+    for key in ("state_dict", "model", "model_state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    wanted = model.state_dict().keys()
+    if any(".visual." in f".{key}" for key in state):  # the rest is another tower
+        state = {key: value for key, value in state.items() if ".visual." in f".{key}"}
+    named = {_without_prefixes(key, wanted): value for key, value in state.items()}
+    classifiers = (model.pretrained_cfg or {}).get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    dropped = [key for key in named if key not in wanted and key.startswith(tuple(f"{name}." for name in classifiers))]
+    if dropped:
+        print(f"{path}: left out its classifier, {', '.join(dropped)}")
+    return {key: value for key, value in named.items() if key not in dropped}
+
+
+def _without_prefixes(key: str, wanted) -> str:
+    while key not in wanted and key.startswith(KEY_PREFIXES):
+        key = key.partition(".")[2]
+    return key
 
 
 def _nearest(name: str) -> str:

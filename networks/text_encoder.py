@@ -24,12 +24,14 @@ MAX_TOKENS = 77  # 30 words fit; the longest CLIP takes
 class TextEncoder:
     """A frozen text encoder in evaluation mode.
 
-    CLIP gives its pooled, projected text embedding. Other models give the last hidden state of the
-    first token (`pooling="cls"`) or its mean over the caption's tokens (`pooling="mean"`).
+    CLIP gives its pooled, projected text embedding. Other models give the last hidden state of the first token
+    (`pooling="cls"`), its mean over the caption's tokens (`pooling="mean"`), or that of the last token
+    (`pooling="last"`, for models whose tokens see only those before them, as GPT-2's). Of an encoder-decoder (T5) the
+    encoder alone is used.
 
     Args:
         name: short name, Hugging Face id, or a folder with config, tokenizer and weights.
-        pooling: "cls" or "mean"; without effect on CLIP.
+        pooling: "cls", "mean" or "last"; without effect on CLIP.
         pretrained: False draws the weights from a fixed seed.
 
     Attributes:
@@ -49,7 +51,9 @@ class TextEncoder:
         try:
             config = transformers.AutoConfig.from_pretrained(source)
             self.is_clip = config.model_type in ("clip", "clip_text_model")
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token  # never looked at: the mask leaves it out
             model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -57,6 +61,8 @@ class TextEncoder:
                 f"cannot load text encoder '{name}' ({reason}); give one of {', '.join(SHORT_NAMES)}, "
                 "a Hugging Face id that can be downloaded, or a local folder"
             ) from error
+        if getattr(config, "is_encoder_decoder", False):
+            model = model.get_encoder()
         # A file in half precision is no reason to compute in it: slower on a CPU, and another embedding.
         self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.width = model.config.projection_dim if self.is_clip else model.config.hidden_size
@@ -107,5 +113,8 @@ class TextEncoder:
             return output.text_embeds
         if self.pooling == "cls":
             return output.last_hidden_state[:, 0]
+        if self.pooling == "last":
+            last = tokens["attention_mask"].sum(1) - 1  # padding is on the right
+            return output.last_hidden_state[torch.arange(len(last), device=last.device), last]
         mask = tokens["attention_mask"].unsqueeze(-1)  # [B, L, 1]
         return (output.last_hidden_state * mask).sum(1) / mask.sum(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -88,6 +89,41 @@ def test_checkpoint_is_loaded(tmp_path, ending):
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
     loaded = build_image_encoder("test_vit", 32, checkpoint=str(path)).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "hf_hub:timm/test_vit", "hf-hub:timm/test_vit"])
+def test_names_as_the_hub_writes_them(name):
+    assert type(build_image_encoder(name, 32, False).model) is type(build_image_encoder("test_vit", 32, False).model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "visual.", "module.visual."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_checkpoints_of_other_programs_fit(prefix, wrapped, tmp_path, capsys):
+    """With prefixes, within a larger file, with a classifier; of CLIP, whose text tower is no part of it."""
+    torch.manual_seed(5)
+    state = timm.create_model("test_vit", num_classes=3, img_size=32).state_dict()
+    stored = {prefix + name: value for name, value in state.items()}
+    if "visual." in prefix:
+        stored["text.weight"] = torch.zeros(2)
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": stored, "epoch": 3} if wrapped else stored, path)
+    loaded = build_image_encoder("test_vit", 32, checkpoint=str(path)).model.state_dict()
+    assert loaded and all(torch.equal(value, state[name]) for name, value in loaded.items())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{path}: left out its classifier, head.weight, head.bias"
+
+
+def test_a_part_that_is_no_classifier_is_not_left_out(tmp_path):
+    state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+    path = tmp_path / "weights.safetensors"
+    save_file({**state, "neck.weight": torch.zeros(2)}, path)
+    assert "neck.weight" in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "test_efficientnet"])
+def test_pictures_of_less_than_one_cell_are_refused(name):
+    assert "--image_size 1 is less than one cell" in error_line(build_image_encoder, name, 1, False)
+    build_image_encoder(name, 32, False)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
@@ -233,6 +269,47 @@ def test_pooling_by_hand_and_whatever_the_batch(bert_folder, pooling):
         assert torch.allclose(encoder.encode([caption])[0], row, atol=1e-5)
     assert torch.allclose(encoder.encode(CAPTIONS, batch_size=2), together, atol=1e-5)
     assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def words_tokenizer():
+    """Words to numbers, without a pad token, which GPT-2's has not either."""
+    words = {"</s>": 0, "<unk>": 1, "a": 2, "red": 3, "circle": 4, "heart": 5, "small": 6, "square": 7}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_model_without_a_pad_token(words_tokenizer, tmp_path, pooling, padding_side):
+    """A caption's embedding is the same alone and padded beside longer ones, whatever side its tokenizer pads."""
+    size = {"vocab_size": 8, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.GPT2Model(transformers.GPT2Config(**size)).eval()
+    model.save_pretrained(tmp_path)
+    words_tokenizer.padding_side = padding_side
+    words_tokenizer.save_pretrained(tmp_path)
+    captions = ["a heart", "a small red circle", "square"]
+    values = TextEncoder(str(tmp_path), pooling).encode(captions)
+    for caption, value in zip(captions, values, strict=True):
+        with torch.no_grad():
+            states = model(**words_tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
+        expected = states[-1] if pooling == "last" else states.mean(0)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_an_encoder_decoder_the_encoder(words_tokenizer, tmp_path):
+    size = {"vocab_size": 8, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.T5Model(transformers.T5Config(**size, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path)
+    words_tokenizer.save_pretrained(tmp_path)
+    encoder = TextEncoder(str(tmp_path), "mean")
+    with torch.no_grad():
+        states = model.encoder(**words_tokenizer("a red circle", return_tensors="pt")).last_hidden_state[0]
+    assert encoder.width == 16
+    torch.testing.assert_close(encoder.encode(["a red circle"])[0], states.mean(0), rtol=1e-5, atol=1e-5)
 
 
 def test_text_encoder_is_frozen_and_without_dropout(bert_folder):

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from networks.image_encoder import plain_name
 from networks.lora import ALSO_TRAIN
 from utils.cli.parser import Parser, count, key_value, number, positive
 from utils.recipes import RECIPES
@@ -27,8 +28,9 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
     add(
         "--image_encoder",
         nargs=nargs,
+        type=plain_name,
         default="nfnet",
-        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model",
+        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model, timm/NAME too",
     )
     parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
     parser.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
@@ -38,7 +40,10 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
     add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
     parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
     add(
-        "--text_pooling", choices=("cls", "mean"), default="cls", help="first token, or mean over tokens (not for CLIP)"
+        "--text_pooling",
+        choices=("cls", "mean", "last"),
+        default="cls",
+        help="first token, mean over tokens, or last token, as GPT-2's need it (not for CLIP)",
     )
     parser.add_bool("only_has_image_projection", False, "add a projection head to the image tower too; it trains")
     add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss")
