@@ -64,6 +64,13 @@ def test_a_grid_is_extended_for_all_sets_where_one_does_best_at_its_edge():
     assert line.endswith("--grid_img")
 
 
+def test_a_grid_is_extended_beyond_own_rates_that_win_outside_it():
+    recall, asked = noted({"a": peak_at(0.5, 0.1)})
+    best, lines = choose_rates({"a": (0.5, 0.1)}, ([0.01, 0.1], [0.01, 0.1, 1.0]), recall)
+    assert {rates[0] for rates in asked["a"]} == {0.01, 0.1, 0.5, 5.0}
+    assert best == {"a": (0.5, 0.1)} and lines == []
+
+
 def test_a_grid_of_one_value_has_no_edge():
     recall, asked = noted({"a": peak_at(1e-4, 0.1)})
     _, lines = choose_rates({"a": (0.1, 0.1)}, ([0.1], [0.01, 0.1, 1.0]), recall)

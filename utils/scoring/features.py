@@ -4,6 +4,8 @@ Ranks share the work by whole batches, so the numbers are those of one process.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -101,12 +103,25 @@ def _encode(paths, encoder, image_size, batch_size, device) -> Tensor:
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
     image_embed = torch.zeros(len(paths), encoder.width)
     own = ranks.share_of(-(-len(paths) // batch_size))
-    for batch in tqdm(own, desc="image features", leave=False, disable=None, position=ranks.rank()):
-        rows = slice(batch * batch_size, (batch + 1) * batch_size)
-        images = normalize(load_images(paths[rows], image_size).to(device), encoder.mean, encoder.std)
-        image_embed[rows] = encoder(images).float().cpu()
+    batches = [slice(batch * batch_size, (batch + 1) * batch_size) for batch in own]
+    pictures = read_ahead(lambda rows: load_images(paths[rows], image_size), batches)
+    bar = tqdm(batches, desc="image features", leave=False, disable=None, position=ranks.rank())
+    for rows, images in zip(bar, pictures, strict=True):
+        image_embed[rows] = encoder(normalize(images.to(device), encoder.mean, encoder.std)).float().cpu()
     encoder.train(was_training)
     return image_embed
+
+
+def read_ahead(read: Callable, items: Sequence) -> Iterator:
+    """read(item) of each, the next one read in another thread while the last is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = None
+        for item in items:
+            ready, coming = coming, reader.submit(read, item)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
 @torch.no_grad()

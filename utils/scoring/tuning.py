@@ -43,9 +43,8 @@ def choose_rates(
         for name, rates in best.items():
             if found[name][rates] == -math.inf:
                 raise InputError(f"{name} diverges at every candidate rate; give smaller --grid_img and --grid_txt")
-        edges = {(tower, _edge(rates[tower], grids[tower])) for rates in best.values() for tower in (0, 1)}
         if extension < EXTENSIONS:
-            grids = [_extended(grid, {edge for t, edge in edges if t == tower}) for tower, grid in enumerate(grids)]
+            grids = [_extended(grid, won) for grid, won in zip(grids, zip(*best.values(), strict=True), strict=True)]
     return best, lines + [line for name, rates in best.items() for line in _edge_lines(name, rates, grids)]
 
 
@@ -63,9 +62,11 @@ def _edge(rate: float, grid: list[float]) -> int:
     return -1 if rate <= grid[0] else int(rate >= grid[-1])
 
 
-def _extended(grid: list[float], edges: set[int]) -> list[float]:
-    below = [float(f"{grid[0] ** 2 / grid[1]:.4g}")] if -1 in edges else []
-    above = [float(f"{grid[-1] ** 2 / grid[-2]:.4g}")] if 1 in edges else []
+def _extended(grid: list[float], won: Sequence[float]) -> list[float]:
+    """The grid with a value beyond the lowest and the highest rate that won, where these are at its edges or beyond."""
+    low, high = min(won), max(won)
+    below = [float(f"{low * grid[0] / grid[1]:.4g}")] if _edge(low, grid) < 0 else []
+    above = [float(f"{high * grid[-1] / grid[-2]:.4g}")] if _edge(high, grid) > 0 else []
     return [*below, *grid, *above]
 
 
