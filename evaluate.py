@@ -147,9 +147,10 @@ def protocol_of_sets(args, usual: dict) -> dict:
     Raises InputError if distilled sets ask for different ones and no flag decides.
     """
     settings = {path: load_set(path).settings for path in args.synset}
+    distilled = {path: made for path, made in settings.items() if PROTOCOL[0] in made}  # a coreset was never scored
     values, sources = {}, []
     for key in PROTOCOL:
-        asked = {path: made[key] for path, made in settings.items() if key in made}
+        asked = {path: made[key] for path, made in distilled.items() if key in made}
         values[key] = next(iter(asked.values()), usual[key])
         if getattr(args, key) is not None:
             sources.append(f"--{key} is given")
@@ -160,8 +161,7 @@ def protocol_of_sets(args, usual: dict) -> dict:
                 f"train alike: give --{key}"
             )
     if len(sources) < len(PROTOCOL):
-        distilled = [path for path, made in settings.items() if PROTOCOL[0] in made]
-        sources.append(f"as {distilled[0]} was scored" if distilled else "the defaults")
+        sources.append(f"as {next(iter(distilled))} was scored" if distilled else "the defaults")
     return {**values, "protocol": ", else ".join(sources)}
 
 

@@ -53,6 +53,8 @@ class TextEncoder:
             self.is_clip = config.model_type in ("clip", "clip_text_model")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
             if self.tokenizer.pad_token is None:
+                if self.tokenizer.eos_token is None:
+                    raise ValueError("its tokenizer has neither a pad token nor one that ends a text")
                 self.tokenizer.pad_token = self.tokenizer.eos_token  # never looked at: the mask leaves it out
             model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
         except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -144,6 +144,25 @@ def test_released_layout(tmp_path):
     assert len(find(tmp_path, max_experts=1)) == 2
 
 
+def test_released_experts_in_half_precision_are_read_in_single(tmp_path):
+    snapshots = draw_snapshots(0)
+    write_released(tmp_path, 0, [[{name: value.half() for name, value in snapshot.items()} for snapshot in snapshots]])
+    (trajectory,) = find(tmp_path)
+    expected = {name: value.half().float() for name, value in snapshots[1].items()}
+    assert {value.dtype for value in trajectory.snapshot(1).values()} == {torch.float32}
+    assert equal(trajectory.snapshot(1), expected)
+
+
+def test_large_finite_values_are_finite(tmp_path):
+    """Their sum is not."""
+    snapshots = [{name: torch.full_like(value, 2e38) for name, value in s.items()} for s in draw_snapshots(0)]
+    write_released(tmp_path, 0, [snapshots])
+    assert equal(find(tmp_path)[0].snapshot(1), snapshots[1])
+    snapshots[1][next(iter(snapshots[1]))].view(-1)[0] = math.nan
+    write_released(tmp_path, 0, [snapshots])
+    assert "not finite" in error_line(find(tmp_path)[0].snapshot, 1)
+
+
 def test_released_layout_lies_where_the_released_script_wrote_it(tmp_path):
     folder = tmp_path / "tiny" / "test_vit" / "a--b"
     folder.mkdir(parents=True)

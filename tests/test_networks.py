@@ -299,6 +299,14 @@ def test_a_model_without_a_pad_token(words_tokenizer, tmp_path, pooling, padding
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_tokenizer_that_cannot_pad_is_one_line(words_tokenizer, tmp_path):
+    transformers.GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words_tokenizer.backend_tokenizer)
+    bare.save_pretrained(tmp_path)
+    line = error_line(TextEncoder, str(tmp_path), "mean", pretrained=False)
+    assert str(tmp_path) in line and "neither a pad token nor" in line
+
+
 def test_of_an_encoder_decoder_the_encoder(words_tokenizer, tmp_path):
     size = {"vocab_size": 8, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import coreset
 import evaluate
 from data.errors import InputError
 from utils.scoring import NonFiniteLoss, choose_rates
@@ -112,6 +113,18 @@ def test_a_tables_protocol_is_that_of_its_distilled_sets_in_any_order(sets, tmp_
         found.append(protocol(path))
         assert "each trained 3 epochs in batches of 4 (as " in capsys.readouterr().out
     assert found[0] == found[1] and found[0][0] == [3, 4, 0.1]
+
+
+def test_a_coresets_temperature_is_that_of_its_expert_and_decides_nothing(sets, tiny_argv, tmp_path):
+    output = str(tmp_path / "random.safetensors")
+    chosen = ["--method", "random", "--num_queries", "6", "--temperature", "0.5", "--no_draw", "--output", output]
+    assert coreset.main([*tiny_argv, *chosen]) == 0
+    of_distilled = sets("a")[1]
+    for files in ([output, of_distilled], [of_distilled, output]):
+        args = evaluate.parse_args(["--synset", *files])
+        assert [getattr(args, key) for key in evaluate.PROTOCOL] == [3, 4, 0.1]
+    args = evaluate.parse_args(["--synset", output])
+    assert (args.temperature, args.protocol) == (0.07, "the defaults")
 
 
 def test_flags_come_first_and_defaults_last(sets, tmp_path, capsys):
