@@ -112,7 +112,7 @@ def main(argv=None):
         pairs, text_embed = training_pairs(args, train_split, text_encoder)
         validation = retrieval_pairs(args, val_split, text_encoder)
     del text_encoder
-    validation = embedded_once(validation, factory, args.batch_size_test)
+    validation = embedded_once(validation, factory, args.batch_size_test, args.cache_dir)
     print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
 
     loader_of, augment = expert_loader(args, pairs, factory)

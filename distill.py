@@ -135,7 +135,8 @@ class Distillation:
         ways = [Shortcut(expert, args.shortcut) for expert in experts] if args.shortcut else experts
 
         # The real pairs, and the synthetic ones.
-        self.validation, self.test = (embedded_once(split, self.judge, args.batch_size_test) for split in scored)
+        judged = self.judge, args.batch_size_test, args.cache_dir
+        self.validation, self.test = (embedded_once(split, *judged) for split in scored)
         self.pairs = initial_pairs(args, self.real, self.real_embed, factory.encoder, device)
         ranks.take_from_first(self.pairs.tensors())
 

@@ -20,7 +20,8 @@ from utils import cli, ranks
 from utils.device import describe_device
 from utils.experts import LORA, find_trajectories
 from utils.export import export_released, export_sets
-from utils.files import save_text
+from utils.files import check_can_write, save_text
+from utils.log import Aside
 from utils.recipes import DEMO_DATA, recipe_defaults
 from utils.released_sets import is_released
 from utils.report import check_installed, write_table_page
@@ -28,6 +29,7 @@ from utils.scoring import (
     ALL_DATA,
     TEST_SEED,
     VALIDATION_SEED,
+    NonFiniteLoss,
     as_numbers,
     choose_rates,
     compare_rows,
@@ -55,8 +57,9 @@ OF_ENCODER = {
     "only_has_image_projection": False,
     **dict.fromkeys(LORA),
 }
-# What the sets of one table share: where the texts come from.
-SHARED = ("dataset", "text_encoder", "text_pooling", "text_pretrained")  # with --texts nearest the first alone
+# What the sets of one table share: splits, and where the texts come from; with --texts nearest the splits alone.
+OF_SPLITS = "dataset", "split_seed"
+SHARED = (*OF_SPLITS, "text_encoder", "text_pooling", "text_pretrained")
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 # Flags without effect beside --export and --export_pt.
@@ -148,18 +151,20 @@ def protocol_of_sets(args, usual: dict) -> dict:
     """
     settings = {path: load_set(path).settings for path in args.synset}
     distilled = {path: made for path, made in settings.items() if PROTOCOL[0] in made}  # a coreset was never scored
-    values, sources = {}, []
+    values, sources, conflicts = {}, [], []
     for key in PROTOCOL:
         asked = {path: made[key] for path, made in distilled.items() if key in made}
         values[key] = next(iter(asked.values()), usual[key])
         if getattr(args, key) is not None:
             sources.append(f"--{key} is given")
-        elif len(set(asked.values())) > 1 and not (args.export or args.export_pt):
+        elif len(set(asked.values())) > 1:
             path, other = next(pair for pair in itertools.combinations(asked, 2) if asked[pair[0]] != asked[pair[1]])
-            raise InputError(
-                f"{path} was scored with --{key} {asked[path]}, {other} with {asked[other]}; the networks of one table "
-                f"train alike: give --{key}"
-            )
+            conflicts.append(f"--{key} ({path}: {asked[path]}, {other}: {asked[other]})")
+    if conflicts and not (args.export or args.export_pt):
+        raise InputError(
+            f"these sets were scored in different ways, and the networks of one table train alike: give "
+            f"{' and '.join(conflicts)}"
+        )
     if len(sources) < len(PROTOCOL):
         sources.append(f"as {next(iter(distilled))} was scored" if distilled else "the defaults")
     return {**values, "protocol": ", else ".join(sources)}
@@ -168,8 +173,7 @@ def protocol_of_sets(args, usual: dict) -> dict:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    if args.report:
-        check_installed()
+    check_outputs(args)
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
     if args.export or args.export_pt:
         if ranks.is_first():
@@ -199,11 +203,16 @@ def main(argv=None):
     rows = []
     for name, encoder in by_encoder.items():
         factory = make_factory(encoder, text_dim, args.eval_full)
-        seen_test = embedded_once(test, factory, args.batch_size_test)
-        seen_validation = embedded_once(validation, factory, args.batch_size_test) if args.tune_rates else None
+        looked_at = factory, args.batch_size_test, args.cache_dir
+        seen_test = embedded_once(test, *looked_at)
+        seen_validation = embedded_once(validation, *looked_at) if args.tune_rates else None
         of_encoder = tuned(synsets, seen_validation, factory, args) if args.tune_rates else synsets
         for path, synset in of_encoder.items():
-            results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
+            try:
+                results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
+            except NonFiniteLoss as error:
+                print(f"no row for {path} on {name}: {error}")
+                continue
             rows.append(row_of_set(path, synset, name, factory.trains, results, args))
             announce(rows[-1])
         if args.all_data:
@@ -214,10 +223,23 @@ def main(argv=None):
                 announce(row)
     if not ranks.is_first():
         return
+    if not rows:
+        raise InputError("no set could be trained on; give lower --syn_lr_img and --syn_lr_txt, or --tune_rates")
     write_tables(rows, args)
     if args.report:
         command = shlex.join(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
-        write_table_page(Path(args.report), list(map(Path, args.synset)), [as_numbers(row) for row in rows], command)
+        with Aside()("the page"):
+            write_table_page(
+                Path(args.report), list(map(Path, args.synset)), [as_numbers(row) for row in rows], command
+            )
+
+
+def check_outputs(args) -> None:
+    """Raises InputError for what could not be written at the end."""
+    for file in filter(None, (args.markdown, args.json, args.report)):
+        check_can_write(file)
+    if args.report:
+        check_installed()
 
 
 def with_flags(synset: SynSet, args) -> SynSet:
@@ -262,11 +284,12 @@ def check_shared(path: str, synset: SynSet, args) -> None:
         if args.texts == "nearest":
             raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
         return
-    for key in SHARED if args.texts == "learned" else SHARED[:1]:
-        if synset.settings.get(key) != getattr(args, key):
+    made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
+    for key in SHARED if args.texts == "learned" else OF_SPLITS:
+        if made_with.get(key) != getattr(args, key):
             raise InputError(
-                f"{path} was made with {key}={synset.settings.get(key)}, this run has {key}={getattr(args, key)}; "
-                "sets of one table share dataset and text encoder, but see --texts nearest"
+                f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
+                "sets of one table share dataset, splits and text encoder, but see --texts nearest"
             )
 
 

@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -276,20 +277,33 @@ def _fixed_randomness(seed):
 
 @dataclass
 class RetrievalSet:
-    """Pictures uint8 [N, 3, H, W], the captions of all of them, and each caption's picture int64 [C].
+    """N pictures, the captions of all of them, and each caption's picture int64 [C].
 
-    `image_embed` [N, D_enc] is what a frozen image encoder gives for the pictures, where that is known.
+    `pictures` are uint8 [N, 3, H, W], or files to be read at `image_size`. `image_embed` [N, D_enc] is what a frozen
+    image encoder gives for them, where that is known: then no picture need be read.
     """
 
-    images: torch.Tensor
+    pictures: torch.Tensor | list[Path]
     captions: list[str]
     caption_to_image: torch.Tensor
+    image_size: int | None = None
     image_embed: torch.Tensor | None = None
 
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """All pictures, uint8 [N, 3, H, W]; files are read once. Raises InputError at an unreadable one."""
+        return self.pictures if isinstance(self.pictures, torch.Tensor) else load_images(self.pictures, self.image_size)
 
-def load_retrieval_set(records: list[Record], paths: list[Path], image_size: int) -> RetrievalSet:
-    """Reads a whole split into memory. Raises InputError at an unreadable picture."""
-    return RetrievalSet(load_images(paths, image_size), *_flatten_captions(records))
+    def some_images(self, numbers: list[int]) -> torch.Tensor:
+        """The pictures of these numbers alone, as `images`."""
+        if isinstance(self.pictures, torch.Tensor):
+            return self.pictures[numbers]
+        return load_images([self.pictures[number] for number in numbers], self.image_size)
+
+
+def retrieval_set(records: list[Record], paths: list[Path], image_size: int) -> RetrievalSet:
+    """A whole split; no picture is read yet."""
+    return RetrievalSet(paths, *_flatten_captions(records), image_size)
 
 
 def load_images(paths: list[Path], image_size: int) -> torch.Tensor:

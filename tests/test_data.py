@@ -19,9 +19,9 @@ from data.pairs import (
     PairDataset,
     drop_unreadable,
     find_images,
-    load_retrieval_set,
     pair_loader,
     read_image,
+    retrieval_set,
 )
 from data.text_cache import embed_captions
 from data.transforms import denormalize, eval_transform, normalize, train_transform
@@ -285,13 +285,21 @@ def test_unreadable_pictures(tmp_path, pictures):
 
 def test_retrieval_set(pictures):
     records, paths = pictures
-    gallery = load_retrieval_set(records, paths, 16)
+    gallery = retrieval_set(records, paths, 16)
     assert gallery.images.shape == (2, 3, 16, 16) and gallery.images.dtype == torch.uint8
     assert torch.equal(gallery.images[1], eval_transform(16)(read_image(paths[1])))
     assert gallery.captions == ["a dog", "two dogs", *EXPECTED[1].captions]
     assert gallery.caption_to_image.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
     cut_short(paths[1])
-    assert "b.png" in error_line(load_retrieval_set, records, paths, 16)
+    assert "b.png" in error_line(lambda: retrieval_set(records, paths, 16).images)
+
+
+def test_some_pictures_of_a_retrieval_set_are_read_alone(pictures):
+    records, paths = pictures
+    whole = retrieval_set(records, paths, 16)
+    cut_short(paths[0])
+    (picture,) = whole.some_images([1])
+    assert torch.equal(picture, eval_transform(16)(read_image(paths[1])))
 
 
 # ---- transforms

@@ -1,18 +1,28 @@
 """Frozen encoders with a projection head on each side: experts, distillation and evaluation on features."""
 
+import threading
+
 import pytest
 import torch
 
 import buffer
 import distill
 import evaluate
-from data.pairs import load_images, load_retrieval_set
+from data.pairs import load_images, retrieval_set
 from data.transforms import normalize
 from networks.clip_model import ModelFactory, trained_parameters
 from networks.image_encoder import build_image_encoder
 from tests.test_scripts import TENSORS, same_set, stderr_line, table_rows
 from utils.experts import Trajectory
-from utils.scoring import EmbedLoader, embed_images, embed_views, embedded_once, evaluate_retrieval, evaluate_synset
+from utils.scoring import (
+    EmbedLoader,
+    embed_images,
+    embed_views,
+    embedded_once,
+    evaluate_retrieval,
+    evaluate_synset,
+    features,
+)
 from utils.scoring.evaluation import fit_images
 from utils.scoring.training import train_on_pairs
 from utils.synset import load_synset
@@ -80,8 +90,8 @@ def test_batches_are_rows_once_an_epoch_with_the_features_of_their_pictures(enco
     for _ in range(2):
         batches = list(loader)
         assert len(batches) == len(loader) and {len(rows) for _, rows in batches} == {7, len(row_to_image) % 7}
-        for features, rows in batches:
-            assert torch.allclose(features, expected[rows], atol=1e-5)
+        for embed, rows in batches:
+            assert torch.allclose(embed, expected[rows], atol=1e-5)
         epochs.append(torch.cat([rows for _, rows in batches]))
         assert sorted(epochs[-1].tolist()) == list(range(len(row_to_image)))
     assert not torch.equal(*epochs)
@@ -103,6 +113,21 @@ def test_views_are_augmented_cached_and_the_same_for_any_number_of_workers(encod
     distances = torch.stack([(view - plain).norm(dim=1) for view in views])  # [V, P]
     assert (distances.amax(dim=0) > 0).all()
     assert (views[0] != views[1]).any() and (distances < plain.norm(dim=1)).all()
+
+
+def test_the_next_item_is_read_while_one_is_worked_on():
+    reading, worked_on = threading.Event(), []
+
+    def read(item):
+        if item == 1:
+            reading.set()
+        return 10 * item
+
+    for value in features.read_ahead(read, range(4)):
+        assert reading.wait(10)  # item 1 is read though 0 is still worked on
+        worked_on.append(value)
+    assert worked_on == [0, 10, 20, 30]
+    assert list(features.read_ahead(read, [])) == []
 
 
 def test_a_view_of_each_row_is_drawn_anew():
@@ -182,7 +207,7 @@ def test_views_have_no_use_for_an_encoder_that_trains(run_buffer, tmp_path, caps
 # ---- evaluation on features
 
 
-def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run, encoder, tiny_data):
+def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run, encoder, tiny_data, tmp_path):
     synset = load_synset(heads_run / "last.safetensors")
     factory = ModelFactory(lambda: encoder, True, 128, image_trainable=False, image_projection=True)
     records_paths = sorted(tiny_data.glob("demo-images/val_*.png"))
@@ -190,10 +215,15 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
     class Record:
         captions = ("a", "b")
 
-    pictures = load_retrieval_set([Record] * len(records_paths), records_paths, 32)
+    pictures = retrieval_set([Record] * len(records_paths), records_paths, 32)
     generator = torch.Generator().manual_seed(0)
     retrieval = pictures, torch.randn(len(pictures.captions), 128, generator=generator)
-    once = embedded_once(retrieval, factory, 3)
+    once = embedded_once(retrieval, factory, 3, tmp_path)
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "load_images", lambda *a: read.append(a))  # the second time it lies in the cache
+        assert torch.equal(embedded_once(retrieval, factory, 3, tmp_path)[0].image_embed, once[0].image_embed)
+    assert not read
     assert once[0].image_embed.shape == (len(records_paths), encoder.width)
     (result,) = evaluate_synset(factory, synset, once, 1, 3, 4, 5, 32, 0.07, seed=30)
     model = factory.fresh(30)

@@ -12,6 +12,7 @@ from data.errors import InputError
 from utils.scoring import NonFiniteLoss, choose_rates
 from utils.synset import load_synset, save_synset
 
+QUICK = ["--num_eval", "1"]
 GRIDS = [0.01, 0.1, 1.0], [0.01, 0.1, 1.0]
 
 
@@ -138,5 +139,46 @@ def test_flags_come_first_and_defaults_last(sets, tmp_path, capsys):
 def test_distilled_sets_that_ask_for_different_protocols_are_refused(sets, tmp_path, capsys):
     assert evaluate.main([*sets("a", "b", "coreset"), "--json", str(tmp_path / "t.json")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "a.safetensors was scored with --epoch_eval_train 3" in line and "b.safetensors with 2" in line
-    assert line.endswith("give --epoch_eval_train") and not (tmp_path / "t.json").exists()
+    assert "give --epoch_eval_train (" in line and "a.safetensors: 3, " in line and "b.safetensors: 2)" in line
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_set_that_diverges_has_no_row_and_the_others_do(sets, tmp_path, capsys):
+    diverging = str(tmp_path / "diverging.safetensors")
+    synset = load_synset(sets("a")[1])
+    save_synset(diverging, replace(synset, syn_lr_txt=1e30))
+    assert evaluate.main(["--synset", sets("a")[1], diverging, *QUICK, "--json", str(tmp_path / "t.json")]) == 0
+    assert f"no row for {diverging} on test_nfnet: training loss became" in capsys.readouterr().out
+    assert [row["set"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == [sets("a")[1]]
+    assert evaluate.main(["--synset", diverging, *QUICK]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no set could be trained on; give lower --syn_lr_img")
+
+
+def test_sets_of_different_splits_do_not_share_a_table(sets, tmp_path, capsys):
+    other = str(tmp_path / "other.safetensors")
+    synset = load_synset(sets("a")[1])
+    save_synset(other, replace(synset, settings={**synset.settings, "split_seed": 7}))
+    assert evaluate.main(["--synset", sets("a")[1], other, "--texts", "nearest"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{other} was made with split_seed=7, this run has split_seed=0" in line
+
+
+@pytest.mark.parametrize("flag", ["--markdown", "--json", "--report"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(sets, flag, tmp_path, capsys):
+    for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "file/t", "File exists")):
+        (tmp_path / "file").touch()
+        assert evaluate.main([*sets("a"), flag, str(path)]) == 2
+        output = capsys.readouterr()
+        assert output.err == f"error: cannot write {path} ({reason}); give another file\n" and not output.out
+
+
+def test_a_page_that_fails_ends_nothing(sets, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(evaluate, "write_table_page", fail)
+    files = ["--report", str(tmp_path / "page.html"), "--json", str(tmp_path / "t.json")]
+    assert evaluate.main([*sets("a"), *files]) == 0
+    assert "warning: the page left out, the run goes on (ValueError: no page today)" in capsys.readouterr().out
+    assert (tmp_path / "t.json").exists() and not (tmp_path / "page.html").exists()

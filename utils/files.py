@@ -1,7 +1,9 @@
 """Files that are written whole or not at all: safetensors with JSON metadata, torch, text; saving in a thread."""
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,6 +93,18 @@ def save_text(path: str | Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); free some space or give another file") from error
+
+
+def check_can_write(path: str | Path) -> None:
+    """Raises InputError if a file cannot be written at `path`, whose folder is made."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 def save_torch(path: str | Path, stored) -> None:

@@ -15,8 +15,8 @@ from data.pairs import (
     drop_unreadable,
     find_images,
     load_images,
-    load_retrieval_set,
     pair_loader,
+    retrieval_set,
     shared_pictures,
 )
 from data.text_cache import embed_captions
@@ -119,8 +119,8 @@ def _as_it_is(image):
 
 def retrieval_pairs(args, split, text_encoder) -> tuple[RetrievalSet, torch.Tensor]:
     """A retrieval set and its captions' embeddings [C, D_text]; `split` from `find_split`."""
-    retrieval_set = load_retrieval_set(*split, args.image_size)
-    return retrieval_set, embed_captions(retrieval_set.captions, text_encoder, args.cache_dir)
+    whole = retrieval_set(*split, args.image_size)
+    return whole, embed_captions(whole.captions, text_encoder, args.cache_dir)
 
 
 def make_factory(args, text_dim: int, train_in_full: bool = False) -> ModelFactory:

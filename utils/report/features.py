@@ -31,9 +31,10 @@ class Sample:
 def take_sample(retrieval: tuple[RetrievalSet, Tensor], number: int) -> Sample:
     """Evenly spaced pictures of a split with the first caption of each: always the same ones."""
     whole, text_embed = retrieval
-    pictures = torch.linspace(0, len(whole.images) - 1, min(number, len(whole.images))).round().long()
-    rows = torch.tensor([(whole.caption_to_image == p).nonzero()[0].item() for p in pictures.tolist()])
-    return Sample(whole.images[pictures], [whole.captions[row] for row in rows.tolist()], text_embed[rows])
+    size = len(whole.pictures)
+    numbers = torch.linspace(0, size - 1, min(number, size)).round().long().tolist()
+    rows = torch.tensor([(whole.caption_to_image == number).nonzero()[0].item() for number in numbers])
+    return Sample(whole.some_images(numbers), [whole.captions[row] for row in rows.tolist()], text_embed[rows])
 
 
 @torch.no_grad()

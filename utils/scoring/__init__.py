@@ -10,9 +10,8 @@ from utils.scoring.coresets import (
     random_rows,
 )
 from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, evaluate_synset, fit_images, look_epochs
-from utils.scoring.features import EmbedLoader, embed_images, embed_views, pair_features
+from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, pair_features
 from utils.scoring.retrieval import (
-    embedded_once,
     evaluate_retrieval,
     nearest_captions,
     nearest_with_cosine,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from data.errors import InputError
 from utils import ranks
 from utils.scoring.retrieval import evaluate_retrieval
-from utils.scoring.training import train_on_pairs
+from utils.scoring.training import NonFiniteLoss, train_on_pairs
 from utils.synset import SynSet
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
@@ -60,6 +60,9 @@ def evaluate_synset(
             rank 0's.
         looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
             numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
+
+    Raises:
+        NonFiniteLoss: on every rank, the loss of a network became infinite or not a number.
     """
     at_epochs = look_epochs(epochs * synset.phases, looks or 1)
     images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
@@ -85,7 +88,23 @@ def evaluate_synset(
         best = max(seen, key=lambda recall: recall["r_mean"]) if looks else {}
         return {**seen[-1], "train_loss": loss, **{BEST_LOOK + key: value for key, value in best.items()}}
 
-    return ranks.spread(train_and_look, range(num_eval))
+    results = ranks.spread(_finite_or_error(train_and_look), range(num_eval))
+    for result in results:
+        if isinstance(result, NonFiniteLoss):
+            raise result
+    return results
+
+
+def _finite_or_error(train: Callable) -> Callable:
+    """Gives a network's NonFiniteLoss back, so that all ranks learn of it."""
+
+    def call(k: int):
+        try:
+            return train(k)
+        except NonFiniteLoss as error:
+            return error
+
+    return call
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Ranks share the work by whole batches, so the numbers are those of one process.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,6 +59,19 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     """
     rule = f"{image_size}"
     return _cached(lambda: _encode(paths, encoder, image_size, batch_size, device), rule, paths, encoder, cache_dir)
+
+
+def embedded_once(retrieval, factory, batch_size: int, cache_dir):
+    """(RetrievalSet, text_embed), the set with its `image_embed` if the factory's image encoder is frozen.
+
+    Cached as those of `embed_images`; the pictures must be files.
+    """
+    if factory.image_trainable:
+        return retrieval
+    whole, text_embed = retrieval
+    sizes = whole.image_size, batch_size
+    image_embed = embed_images(whole.pictures, factory.encoder, *sizes, factory.device, cache_dir)
+    return replace(whole, image_embed=image_embed.to(factory.device)), text_embed
 
 
 def embed_views(

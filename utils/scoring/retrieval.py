@@ -1,7 +1,5 @@
 """Retrieval: recall both ways, and the nearest caption of an embedding."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 
@@ -74,16 +72,6 @@ def embed_pictures(model, images, batch_size: int, device):
         return images.to(device)
     mean, std = model.image_encoder.mean, model.image_encoder.std
     return torch.cat([model.embed_images(normalize(part.to(device), mean, std)) for part in images.split(batch_size)])
-
-
-@torch.no_grad()
-def embedded_once(retrieval, factory, batch_size: int):
-    """(RetrievalSet, text_embed), the set with its `image_embed` if the factory's image encoder is frozen."""
-    retrieval_set, text_embed = retrieval
-    if factory.image_trainable:
-        return retrieval
-    image_embed = embed_pictures(factory.fresh(0).eval(), retrieval_set.images, batch_size, factory.device)
-    return replace(retrieval_set, image_embed=image_embed), text_embed
 
 
 def nearest_captions(text_syn, text_embed, captions: list[str]) -> list[str]:
