@@ -17,7 +17,6 @@ from data.pairs import load_images
 from data.transforms import normalize
 from utils import cli, ranks
 from utils.device import describe_device
-from utils.pictures import picture_grid
 from utils.scoring import (
     ForgettingCounter,
     check_num_queries,
@@ -29,6 +28,7 @@ from utils.scoring import (
     random_rows,
     train_epochs,
 )
+from utils.sets import SynSet, picture_grid, save_synset
 from utils.setup import (
     check_encoder_features,
     encoder_features,
@@ -40,7 +40,6 @@ from utils.setup import (
     make_text_encoder,
     training_pairs,
 )
-from utils.synset import SynSet, save_synset
 
 METHODS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 

@@ -21,21 +21,16 @@ from utils.device import describe_device
 from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
 from utils.log import open_log
 from utils.matching import (
+    FIT,
     Draws,
     OutOfMemory,
     PairLearner,
-    Pairs,
     Prefetch,
-    StudentLoss,
-    check_shares,
     fit_first_rates,
     fit_pair_chunk,
     guarded,
-    mean_matching,
     pair_chunk_advice,
 )
-from utils.pictures import picture_grid
-from utils.recipes import FIT
 from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
@@ -48,6 +43,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
+from utils.sets import Pairs, SynSet, load_synset, picture_grid, save_synset
 from utils.setup import (
     check_encoder_features,
     describe_training,
@@ -60,7 +56,7 @@ from utils.setup import (
     training_pairs,
     warn_of_shared_pictures,
 )
-from utils.synset import SynSet, load_synset, save_synset
+from utils.student import StudentLoss, check_shares, mean_matching
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {

@@ -17,13 +17,11 @@ from data.text_cache import embed_captions
 from networks.clip_model import trained_parameters
 from networks.loss import LOSS_TYPES
 from utils import cli, ranks
+from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.device import describe_device
 from utils.experts import LORA, find_trajectories
-from utils.export import export_released, export_sets
 from utils.files import check_can_write, save_text
 from utils.log import Aside
-from utils.recipes import DEMO_DATA, recipe_defaults
-from utils.released_sets import is_released
 from utils.report import check_installed, write_table_page
 from utils.scoring import (
     ALL_DATA,
@@ -40,8 +38,8 @@ from utils.scoring import (
     markdown_table,
     mean_and_std,
 )
+from utils.sets import SynSet, export_released, export_sets, is_released, load_synset
 from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
-from utils.synset import SynSet, load_synset
 
 # Settings of the first set that are this run's defaults.
 INHERITED = (

@@ -20,7 +20,7 @@ from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.loss import contrastive_loss
 from utils.experts.trajectory import Trajectory, save_trajectory
-from utils.matching import matching_loss
+from utils.student import matching_loss
 
 
 def take_steps(model, start, images, text_embed, steps: int, lr: float, temperature: float = 0.07):

@@ -23,11 +23,12 @@ from benchmarks.measure import (
     peak_memory,
     table,
 )
-from networks.activations import SiLU
 from networks.clip_model import IMAGE_TOWER, CLIPModel, ProjectionHead, trained_parameters
+from networks.derivatives.activations import SiLU
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
-from utils.matching import Pairs, StudentLoss, matching_gradient
+from utils.sets import Pairs
+from utils.student import StudentLoss, matching_gradient
 
 HEAD = (
     *("T", "M", "way", "s", "peak GB", "without θ_t", "relative error", "cosine", "error to float64"),

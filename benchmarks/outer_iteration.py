@@ -20,7 +20,8 @@ from benchmarks.outer_gradient import Problem
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
 from utils.experts.trajectory import Trajectory, save_trajectory
-from utils.matching.prefetch import Prefetch, prepare, to_device
+from utils.matching.prefetch import Prefetch
+from utils.student import prepare, to_device
 
 
 class Iterations:

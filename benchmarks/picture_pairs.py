@@ -2,7 +2,7 @@
 
     python -m benchmarks.picture_pairs runs/demo/iteration_000000.safetensors runs/demo/best.safetensors pairs.png
 
-The third row shows how far the pixels went; see `before_and_after` in utils/pictures.py.
+The third row shows how far the pixels went; see `before_and_after` in utils/sets/pictures.py.
 """
 
 import argparse
@@ -11,8 +11,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from utils import cli
-from utils.pictures import before_and_after
-from utils.synset import load_synset
+from utils.sets import before_and_after, load_synset
 
 
 def parse_args(argv=None):

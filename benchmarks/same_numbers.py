@@ -2,8 +2,8 @@
 
     python -m benchmarks.same_numbers --base COMMIT
 
-Both versions train experts, distil with every recipe, choose coresets and score them, on one thread, on drawn scenes. All
-tensors that they save and all recalls must be the same; `--tolerance` allows a relative difference.
+Both versions train experts, distil with every recipe, choose coresets and score them, on one thread, on drawn scenes.
+All tensors that they save and all recalls must be the same; `--tolerance` allows a relative difference.
 """
 
 import argparse
@@ -32,30 +32,33 @@ for split in ("train", "val", "test"):
 """
 QUICK = "--eval_it 2 --num_eval 1 --epoch_eval_train 2 --Iteration 3 --no_report --disabled_wandb"
 DISTILL = f"distill.py --num_queries 8 --mini_batch_size 4 --syn_steps 3 --max_start_epoch 2 {QUICK}"
-RATES = "--lr_img 10 --lr_txt 1 --lr_lr 1e-4"
+RATES = "--lr_img 10 --lr_txt 1 --lr_lr 1e-4 --lr_teacher_img 0.01 --lr_teacher_txt"
+ON_WHOLE, ON_LORA, ON_HEADS = (f"--buffer_path {{out}}/{name}" for name in ("whole", "lora", "heads"))
+LORA = "--lora_rank 2 --lora_layers all"
 EXPERTS = "buffer.py --num_experts 1 --train_epochs 6 --keep_epochs 6 --batch_size_train 64 --disabled_wandb"
-SCORE = "evaluate.py --num_eval 2 --epoch_eval_train 2 --json {out}/{name}.json"
+METHODS = "random", "herding", "kcenter", "kmeans", "forgetting"
+CORESET = "coreset.py --num_queries 6 --train_epochs 2 --no_draw --output {out}/{name}"
+SCORE = "evaluate.py --num_eval 2 --epoch_eval_train 2 --json {out}/{name}"
 # What is run, by the name of its folder or file; `{out}` is the folder of the version's results.
 RUNS = {
-    "whole": f"{EXPERTS} --lr_teacher_img 0.01 --buffer_path {{out}}/whole",
-    "lora": f"{EXPERTS} --lr_teacher_img 0.01 --lora_rank 2 --lora_layers all --buffer_path {{out}}/lora",
-    "heads": f"{EXPERTS} --recipe heads --aug_views 2 --buffer_path {{out}}/heads",
-    "wu2024": f"{DISTILL} {RATES} --lr_teacher_img 0.01 --buffer_path {{out}}/whole",
-    "chunks": f"{DISTILL} {RATES} --lr_teacher_img 0.01 --pair_chunk 3 --student_momentum 0.5 --buffer_path {{out}}/whole",
-    "tesla": f"{DISTILL} {RATES} --lr_teacher_img 0.01 --adjoint_decay 0 --image_only --buffer_path {{out}}/whole",
-    "of_lora": f"{DISTILL} {RATES} --lr_teacher_img 0.01 --lora_rank 2 --lora_layers all --buffer_path {{out}}/lora",
-    "adam": f"{DISTILL} --recipe adam --buffer_path {{out}}/whole",
-    "of_heads": f"{DISTILL} --recipe heads --buffer_path {{out}}/heads",
-    "lors": f"{DISTILL} --recipe lors {RATES} --lr_teacher_img 0.001 --lr_teacher_txt 0.01 --buffer_path {{out}}/whole",
-    "lors_nce": f"{DISTILL} --recipe lors {RATES} --loss_type NCE --lr_teacher_img 0.001 --lr_teacher_txt 0.01 --buffer_path {{out}}/whole",
-    "repblend": f"{DISTILL} --recipe repblend {RATES} --lr_teacher_img 0.01 --lr_teacher_txt 0.01 --buffer_path {{out}}/heads",
-    "ptmst": f"{DISTILL} --recipe ptmst {RATES} --lr_teacher_img 0.01 --lr_teacher_txt 0.01 --phases 2 --buffer_path {{out}}/heads",
-    **{
-        method: f"coreset.py --method {method} --num_queries 6 --train_epochs 2 --no_draw --output {{out}}/{method}.safetensors"
-        for method in ("random", "herding", "kcenter", "kmeans", "forgetting")
-    },
-    "score": f"{SCORE} --synset {{out}}/wu2024/best.safetensors {{out}}/kmeans.safetensors --all_data {{out}}/whole --looks 2",
-    "score_heads": f"{SCORE} --synset {{out}}/of_heads/last.safetensors {{out}}/ptmst/last.safetensors --tune_rates",
+    "whole": f"{EXPERTS} --lr_teacher_img 0.01 {ON_WHOLE}",
+    "lora": f"{EXPERTS} --lr_teacher_img 0.01 {LORA} {ON_LORA}",
+    "heads": f"{EXPERTS} --recipe heads --aug_views 2 {ON_HEADS}",
+    "wu2024": f"{DISTILL} {RATES} 0.1 {ON_WHOLE}",
+    "chunks": f"{DISTILL} {RATES} 0.1 --pair_chunk 3 --student_momentum 0.5 {ON_WHOLE}",
+    "tesla": f"{DISTILL} {RATES} 0.1 --adjoint_decay 0 --image_only {ON_WHOLE}",
+    "of_lora": f"{DISTILL} {RATES} 0.1 {LORA} {ON_LORA}",
+    "adam": f"{DISTILL} --recipe adam {ON_WHOLE}",
+    "of_heads": f"{DISTILL} --recipe heads {ON_HEADS}",
+    "lors": f"{DISTILL} --recipe lors {RATES} 0.01 {ON_WHOLE} --lr_teacher_img 0.001",
+    "lors_nce": f"{DISTILL} --recipe lors {RATES} 0.01 --loss_type NCE {ON_WHOLE} --lr_teacher_img 0.001",
+    "repblend": f"{DISTILL} --recipe repblend {RATES} 0.01 {ON_HEADS}",
+    "ptmst": f"{DISTILL} --recipe ptmst {RATES} 0.01 --phases 2 {ON_HEADS}",
+    **{f"{method}.safetensors": f"{CORESET} --method {method}" for method in METHODS},
+    "score.json": f"{SCORE} --synset {{out}}/wu2024/best.safetensors {{out}}/kmeans.safetensors"
+    " --all_data {out}/whole --looks 2",
+    "score_heads.json": f"{SCORE} --tune_rates"
+    " --synset {out}/of_heads/last.safetensors {out}/ptmst/best.safetensors",
 }
 
 

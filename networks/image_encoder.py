@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from data.errors import InputError
-from networks.activations import replace_activations
+from networks.derivatives.activations import replace_activations
 
 # The names of the paper and of the released scripts, and the timm models they stand for.
 SHORT_NAMES = {
@@ -33,7 +33,7 @@ class ImageEncoder(nn.Module):
     Batch normalisation always uses its stored statistics: running statistics move outside the
     trajectory of parameters, so a student could not follow an expert that updates them.
     Attention runs unfused, because the fused kernels cannot be differentiated twice, and SiLU as in
-    networks/activations.py, which keeps less for it.
+    networks/derivatives/activations.py, which keeps less for it.
 
     Attributes:
         width: number of features D.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.synset import SynSet
+from utils.sets import SynSet
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 

@@ -13,7 +13,7 @@ import evaluate
 from data.annotations import Record, read_split
 from data.pairs import find_images, shared_pictures
 from tests.test_data import error_line, write_json
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
 
 NAMES = [f"{i:02d}.jpg" for i in range(30)]
 METHOD = ["--method", "random"]

@@ -16,8 +16,8 @@ import distill
 import evaluate
 from data.errors import InputError
 from utils import cli
-from utils.recipes import RECIPES, recipe_defaults
-from utils.synset import SynSet, load_synset, save_synset
+from utils.cli.recipes import RECIPES, recipe_defaults
+from utils.sets import SynSet, load_synset, save_synset
 
 SCRIPTS = {"buffer": buffer, "distill": distill, "evaluate": evaluate}
 RELEASED_BUFFER = """dataset num_experts train_epochs lr_teacher_img lr_teacher_txt mom l2 decay batch_size_train

@@ -29,7 +29,7 @@ from utils.scoring.coresets import (
 from utils.scoring.features import embed_images, pair_features
 from utils.scoring.tables import COLUMNS
 from utils.scoring.training import make_optimizer, train_epoch
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
 
 QUICK = ["--num_queries", "5", "--train_epochs", "2", "--batch_size_train", "40", "--lr_teacher_img", "0.01"]
 
@@ -341,7 +341,7 @@ def test_set_written_before_files_and_scores_is_read(sets, tmp_path, monkeypatch
     def save_less(path, tensors, metadata):
         save_tensors(path, tensors, {k: v for k, v in metadata.items() if k not in ("files", "scores")})
 
-    monkeypatch.setattr("utils.synset.save_tensors", save_less)
+    monkeypatch.setattr("utils.sets.synset.save_tensors", save_less)
     save_synset(tmp_path / "old.safetensors", synset)
     assert load_synset(tmp_path / "old.safetensors").files == []
 

@@ -9,16 +9,9 @@ import torch
 from networks.lora import Lora
 from tests.card import CARD, NEEDS_CARD, fill_the_card, full_precision  # noqa: F401, a fixture for every test
 from tests.unroll import NAMES, Problem, check_chunks, relative_error, unroll_gradient
-from utils.matching import (
-    OutOfMemory,
-    Pairs,
-    draw_batches,
-    fit_pair_chunk,
-    guarded,
-    matching_gradient,
-    prepare,
-)
-from utils.matching.prefetch import to_device
+from utils.matching import OutOfMemory, fit_pair_chunk, guarded
+from utils.sets import Pairs, draw_batches
+from utils.student import matching_gradient, prepare, to_device
 
 pytestmark = NEEDS_CARD
 

@@ -18,7 +18,7 @@ from utils.experts.trajectory import Trajectory, expert_path
 from utils.scoring import evaluate_retrieval
 from utils.scoring.retrieval import retrieval_features
 from utils.scoring.training import train_on_pairs
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 pytestmark = NEEDS_CARD
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data.demo
-from data import scenes
+import data.demo.splits
 from data.annotations import clean_caption, read_split
-from data.demo import demo_words, make_demo
+from data.demo import make_demo, scenes
+from data.demo.scenes import demo_words
 from data.errors import InputError
 from data.pairs import find_images, read_image
 
@@ -116,7 +116,7 @@ def test_scenes_are_never_repeated_even_when_few_are_possible(tmp_path, monkeypa
         drawn.append(next(few))
         return drawn[-1]
 
-    monkeypatch.setattr(data.demo, "draw_scene", draw_from_few)
+    monkeypatch.setattr(data.demo.splits, "draw_scene", draw_from_few)
     make_demo(tmp_path / "demo", **SMALL)
     told = [told_descriptions(read_split("demo", s, tmp_path / "demo")) for s in ("train", "val", "test")]
     assert len({description for split in told for description in split}) == 11
@@ -153,7 +153,7 @@ def test_vocabulary_file_holds_every_word():
     tokens = VOCABULARY.read_text().splitlines()
     assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(set(tokens)) == len(tokens)
-    assert set(demo_words()) <= set(tokens), "write data.demo.demo_words() into the vocabulary"
+    assert set(demo_words()) <= set(tokens), "write data.demo.splits.demo_words() into the vocabulary"
     assert {"a", "z", "##a", "##z"} <= set(tokens)
 
 
@@ -186,7 +186,7 @@ def test_test_split_does_not_depend_on_the_others(tmp_path):
 def test_complete_folder_is_left_alone(tmp_path, monkeypatch):
     root = tmp_path / "demo"
     make_demo(root, **SMALL)
-    monkeypatch.setattr(data.demo, "draw_scene", None)
+    monkeypatch.setattr(data.demo.splits, "draw_scene", None)
     make_demo(root, **SMALL)
 
 
@@ -204,14 +204,14 @@ def test_incomplete_or_other_settings_is_made_anew(tmp_path):
 
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     calls = iter(range(100))
-    paint = data.demo.paint_scene
+    paint = data.demo.splits.paint_scene
 
     def interrupted(*args):
         if next(calls) == 5:
             raise KeyboardInterrupt
         return paint(*args)
 
-    monkeypatch.setattr(data.demo, "paint_scene", interrupted)
+    monkeypatch.setattr(data.demo.splits, "paint_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_demo(tmp_path / "demo", **SMALL)
     assert list(tmp_path.iterdir()) == []

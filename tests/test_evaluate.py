@@ -12,9 +12,8 @@ from safetensors import safe_open
 
 import evaluate
 from networks.text_encoder import TextEncoder
-from utils import export
 from utils.scoring import compare_rows
-from utils.synset import load_synset, save_synset
+from utils.sets import export, load_synset, save_synset
 
 QUICK = ["--num_eval", "1", "--epoch_eval_train", "1"]
 

@@ -8,7 +8,7 @@ import torch
 import distill
 import evaluate
 from benchmarks import field
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 SCRIPTS = {"distill.py": distill, "evaluate.py": evaluate}
 

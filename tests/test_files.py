@@ -15,8 +15,7 @@ from data.errors import InputError
 from utils import files
 from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 from utils.files import open_tensors, save_tensors
-from utils.pictures import before_and_after, picture_grid
-from utils.synset import SynSet, load_synset, save_synset
+from utils.sets import SynSet, before_and_after, load_synset, picture_grid, save_synset
 
 SETTINGS = {
     **{"dataset": "tiny", "image_encoder": "test_vit", "text_encoder": "a/b", "text_pooling": "cls"},

@@ -5,7 +5,7 @@ import torch
 
 import coreset
 from utils.report.words import describe
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from tests.unroll import Problem, unroll_gradient
 from utils.matching import fit_first_rates
 from utils.matching.first_rates import MARGIN, RATES
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 BOTH = ["syn_lr_img", "syn_lr_txt"]
 FROZEN = {"freeze": "image_encoder", "image_projection": True}

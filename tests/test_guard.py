@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from data.errors import InputError
-from utils.matching import Matching, PairLearner, Pairs
+from utils.matching import PairLearner
 from utils.matching.guard import LEAST_SEEN, MEMORY, SKIPS, STILL_ASTRAY, Guard
+from utils.sets import Pairs
+from utils.student import Matching
 
 
 def make_pairs(images=1.0, texts=1.0, lr_img=0.1, lr_txt=0.1):

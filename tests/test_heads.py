@@ -23,9 +23,8 @@ from utils.scoring import (
     evaluate_synset,
     features,
 )
-from utils.scoring.evaluation import fit_images
 from utils.scoring.training import train_on_pairs
-from utils.synset import load_synset
+from utils.sets import fit_images, load_synset
 
 HEADS = ["--recipe", "heads"]
 ADAM = ["--optimizer", "adam", "--student_momentum", "0.9", "--lr_teacher_img", "0.03", "--lr_teacher_txt", "0.03"]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from data.augment import Augment
 from networks.lora import Lora
 from tests.unroll import NUM_PAIRS, Problem
-from utils.matching import Pairs, StudentLoss, matching_gradient
-from utils.similarity import initial_similarity
+from utils.sets import Pairs, initial_similarity
+from utils.student import StudentLoss, matching_gradient
 
 INDICES = ("aten._to_copy.default", True)  # one copy from the host, not waited for
 

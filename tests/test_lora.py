@@ -21,7 +21,8 @@ from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_p
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
 from utils.experts.trajectory import Trajectory, find_trajectories
-from utils.matching import Pairs, StudentLoss, matching_gradient
+from utils.sets import Pairs
+from utils.student import StudentLoss, matching_gradient
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),

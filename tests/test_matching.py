@@ -5,7 +5,8 @@ import torch
 
 from networks.lora import Lora
 from tests.unroll import BATCH_SIZE, NAMES, NUM_PAIRS, Problem, check_chunks, relative_error, unroll_gradient
-from utils.matching import Pairs, draw_batches, matching_gradient, matching_loss
+from utils.sets import Pairs, draw_batches
+from utils.student import matching_gradient, matching_loss
 
 
 @pytest.fixture(scope="module")

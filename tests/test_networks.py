@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from networks import image_encoder, text_encoder
-from networks.activations import SiLU
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
+from networks.derivatives.activations import SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
 from networks.loss import contrastive_loss
 from networks.text_encoder import TextEncoder

@@ -1,4 +1,4 @@
-"""benchmarks.on_gpu: a rehearsal of some sections, what fails or is not reached, and what it makes of a profile."""
+"""benchmarks.gpu: a rehearsal of some sections, what fails or is not reached, and what it makes of a profile."""
 
 import importlib
 import json
@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu_outer, gpu_profile, on_gpu
-from benchmarks.gpu_setup import TOY, Setup
+from benchmarks.gpu import __main__ as on_gpu
+from benchmarks.gpu import outer as gpu_outer
+from benchmarks.gpu import profile as gpu_profile
+from benchmarks.gpu.setup import TOY, Setup
 from utils.matching import OutOfMemory
 
 
@@ -76,7 +78,7 @@ def test_full_memory_is_a_result(tmp_path, sections, error):
     assert tables["The card"]["second"]["rows"] == {"second": {"note": "out of memory"}}
 
 
-@pytest.mark.parametrize("missing", ["gpu_nothing.rows", "gpu_outer.nothing"])
+@pytest.mark.parametrize("missing", ["nothing.rows", "outer.nothing"])
 def test_a_section_that_cannot_start_leaves_the_others(tmp_path, sections, monkeypatch, missing):
     sections(lambda: {"c": {"s": 3.0}})
     monkeypatch.setitem(on_gpu.SECTIONS, "profile", ("Broken", missing, {}))
@@ -152,4 +154,4 @@ def test_students_train_what_their_names_say():
 def test_every_section_is_there():
     for _, function, _ in on_gpu.SECTIONS.values():
         module, name = function.split(".")
-        assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), name))
+        assert callable(getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name))

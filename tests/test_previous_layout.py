@@ -12,8 +12,8 @@ import evaluate
 from data.demo import make_demo
 from networks.clip_model import trained_parameters
 from utils.experts import check_epochs, find_trajectories
+from utils.sets import load_synset
 from utils.setup import make_factory
-from utils.synset import load_synset
 
 FIXTURES = Path(__file__).parent / "fixtures/previous_layout"
 # As in make.sh.

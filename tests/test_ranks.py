@@ -23,7 +23,7 @@ from tests.processes import Ranks, run_ranks
 from utils import cli, ranks
 from utils.experts import ExpertLocks, Trajectory
 from utils.scoring import embed_views
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 FOLDER = "tiny/test_nfnet/demo"
 

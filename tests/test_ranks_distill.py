@@ -10,7 +10,7 @@ import torch
 import distill
 from tests.conftest import QUICK_DISTILL
 from tests.processes import Ranks, run_ranks
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 
 @pytest.fixture

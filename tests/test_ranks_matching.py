@@ -12,8 +12,8 @@ from networks.lora import Lora
 from tests.processes import run_ranks
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils import ranks
-from utils.matching import StudentLoss, matching_gradient
-from utils.similarity import initial_similarity
+from utils.sets import initial_similarity
+from utils.student import StudentLoss, matching_gradient
 
 
 def nfnet(**settings):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import evaluate
-from utils.released_sets import MEAN, STD, find_alpha
 from utils.report.run import read_coresets
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
+from utils.sets.released import MEAN, STD, find_alpha
 
 QUICK = ["--num_eval", "1", "--epoch_eval_train", "1"]
 

@@ -9,8 +9,8 @@ import pytest
 
 import evaluate
 from tests.report_page import Page, picture, pixels
-from utils.report.history import read_history
-from utils.synset import load_synset
+from utils.report.folder import read_history
+from utils.sets import load_synset
 
 
 def shown(folder):

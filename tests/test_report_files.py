@@ -13,8 +13,8 @@ import evaluate
 from tests.report_page import Page, made_up
 from utils.log import Log
 from utils.report import write_run_page
-from utils.report.history import read_history
-from utils.synset import save_synset
+from utils.report.folder import read_history
+from utils.sets import save_synset
 
 
 def test_set_without_its_first_state_says_so(straight, tmp_path):

@@ -11,7 +11,7 @@ from utils.report import write_run_page
 from utils.report.features import principal_plane, search_ranks
 from utils.report.pairs import pair_group
 from utils.scoring import nearest_with_cosine
-from utils.synset import save_synset
+from utils.sets import save_synset
 
 
 def test_nearest_captions_with_cosine():

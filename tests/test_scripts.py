@@ -17,7 +17,7 @@ import utils.setup
 from data.demo import make_demo
 from utils.experts.trajectory import Trajectory
 from utils.matching.learner import PairLearner
-from utils.synset import load_synset
+from utils.sets import load_synset
 
 TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 CUTOFFS = [f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)]

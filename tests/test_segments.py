@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.unroll import Problem, check_matching, unroll_gradient
-from utils.matching import Draws, Pairs, mean_matching
+from utils.matching import Draws
+from utils.sets import Pairs
+from utils.student import mean_matching
 
 NUMBER, STEPS = 3, 3
 

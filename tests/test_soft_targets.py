@@ -13,11 +13,11 @@ from networks.loss import contrastive_loss, pair_loss
 from tests.test_scripts import stderr_line, table_rows
 from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
-from utils.matching import PairLearner, Pairs, StudentLoss, draw_batches, matching_gradient
+from utils.matching import PairLearner
 from utils.matching.draws import Draws
-from utils.matching.student import blend
-from utils.similarity import initial_similarity, similarity_matrix
-from utils.synset import load_synset
+from utils.sets import Pairs, draw_batches, initial_similarity, load_synset, similarity_matrix
+from utils.student import StudentLoss, matching_gradient
+from utils.student.loss import blend
 
 
 def normal(*shape, seed=0):

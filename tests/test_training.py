@@ -14,14 +14,13 @@ from data.transforms import denormalize, normalize
 from networks.clip_model import ModelFactory
 from networks.loss import contrastive_loss
 from utils import files
-from utils.matching import Pairs
 from utils.matching.learner import PairLearner
 from utils.scoring import training
-from utils.scoring.evaluation import evaluate_synset, fit_images, look_epochs
+from utils.scoring.evaluation import evaluate_synset, look_epochs
 from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
 from utils.scoring.tables import mean_and_std, recall_table
 from utils.scoring.training import make_optimizer, train_epoch, train_on_pairs
-from utils.synset import SynSet
+from utils.sets import Pairs, SynSet, fit_images
 
 TEXT_DIM, WIDTH, SIZE = 5, 4, 3
 

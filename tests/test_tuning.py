@@ -10,7 +10,7 @@ import coreset
 import evaluate
 from data.errors import InputError
 from utils.scoring import NonFiniteLoss, choose_rates
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
 
 QUICK = ["--num_eval", "1"]
 GRIDS = [0.01, 0.1, 1.0], [0.01, 0.1, 1.0]

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.convolutions import Convolution
+from networks.derivatives.convolutions import Convolution
+from networks.derivatives.standardisation import Standardised
+from networks.derivatives.written_out import WrittenOut
 from networks.image_encoder import build_image_encoder
-from networks.standardisation import Standardised
-from networks.written_out import WrittenOut
 from tests.unroll import relative_error
 
 KINDS = {

@@ -10,7 +10,7 @@ import distill
 import evaluate
 from utils.files import open_tensors, save_tensors
 from utils.scoring.training import NonFiniteLoss
-from utils.synset import load_synset, save_synset
+from utils.sets import load_synset, save_synset
 
 
 @pytest.fixture(scope="module")

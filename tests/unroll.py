@@ -8,9 +8,10 @@ import torch
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import add_lora
-from utils.matching import Pairs, Segment, StudentLoss, draw_batches, matching_gradient
-from utils.matching import student as student_module
-from utils.matching.student import chunk_seed
+from utils.sets import Pairs, draw_batches
+from utils.student import Segment, StudentLoss, matching_gradient
+from utils.student import loss as student_module
+from utils.student.loss import chunk_seed
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3

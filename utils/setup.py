@@ -26,11 +26,9 @@ from networks.image_encoder import build_image_encoder
 from networks.lora import Lora
 from networks.text_encoder import TextEncoder
 from utils import ranks
-from utils.matching import Pairs
-from utils.recipes import FIT
+from utils.matching import FIT
 from utils.scoring import EmbedLoader, embed_images, embed_views, kmeans, pair_features, random_rows
-from utils.similarity import initial_similarity
-from utils.synset import SynSet, load_synset
+from utils.sets import Pairs, SynSet, initial_similarity, load_synset
 
 
 def find_device(args) -> torch.device:

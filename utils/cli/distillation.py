@@ -2,9 +2,9 @@
 
 from networks.loss import LOSS_TYPES
 from utils.cli.parser import Parser, count, number, positive, positive_or_fit, rate
-from utils.matching import BATCH_ORDERS, OPTIMIZERS
-from utils.recipes import RELEASED_STUDENT
-from utils.similarity import SIM_TYPES
+from utils.cli.recipes import RELEASED_STUDENT
+from utils.matching import OPTIMIZERS
+from utils.sets import BATCH_ORDERS, SIM_TYPES
 
 SEGMENTS_HELP = (
     "pieces of trajectories that an iteration matches, of which it takes the mean gradient; with a frozen image "

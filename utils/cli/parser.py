@@ -7,7 +7,8 @@ import json
 import sys
 
 from utils import ranks
-from utils.recipes import FIT, OUTER_RATES, RECIPES, recipe_defaults
+from utils.cli.recipes import OUTER_RATES, RECIPES, recipe_defaults
+from utils.matching import FIT
 
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (

@@ -7,7 +7,7 @@ import torch
 from networks.image_encoder import plain_name
 from networks.lora import ALSO_TRAIN
 from utils.cli.parser import Parser, count, key_value, number, positive
-from utils.recipes import RECIPES
+from utils.cli.recipes import RECIPES
 
 
 def add_data_flags(parser: Parser) -> None:

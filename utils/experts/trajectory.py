@@ -190,7 +190,7 @@ def check_epochs(
     """Raises InputError if an expert lacks a snapshot that matching reads.
 
     Args:
-        phases: see `utils.phases`; each starts an epoch later than the one before it.
+        phases: see `utils.sets.phases`; each starts an epoch later than the one before it.
         shortcut: last epoch of the `Shortcut` of the experts that is matched, if one is.
     """
     starts = phases - 1 + max_start_epoch

@@ -4,30 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from data.errors import InputError
-from utils.matching.pairs import draw_batches
-from utils.matching.prefetch import prepare
-from utils.phases import phase_rows
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of an expert's trajectory, and what the student's steps from its start are made of.
-
-    Attributes:
-        start_epoch: s.
-        start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
-        batches: indices into the pairs for each step, see `draw_batches`.
-        seed: of the random numbers in the student's steps.
-    """
-
-    start_epoch: int
-    start: dict[str, Tensor]
-    target: dict[str, Tensor]
-    batches: list[Tensor]
-    seed: int
+from utils.sets import draw_batches, phase_rows
+from utils.student import Segment, prepare
 
 
 @dataclass(frozen=True)
@@ -40,7 +20,7 @@ class Draws:
         max_start_epoch: students start below this epoch.
         expert_epochs: from the start to the target.
         batch_order: see `draw_batches`.
-        phases: of the pairs, see `utils.phases`; that of number p is drawn alone, its students start p epochs later.
+        phases: of the pairs, see `utils.sets.phases`; number p is drawn alone, its students start p epochs later.
         iterations: all together; each phase has an equal part of them.
         segments: that an iteration matches.
     """

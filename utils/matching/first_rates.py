@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from utils import ranks
-from utils.matching.draws import Segment
-from utils.matching.pairs import Pairs
-from utils.matching.pictures import EmbeddedPictures
-from utils.matching.student import StudentLoss
-from utils.matching.sweep import matching_loss, mean_matching, towers
+from utils.sets import Pairs
+from utils.student import Segment, StudentLoss, matching_loss, mean_matching
+from utils.student.embedded import EmbeddedPictures
+from utils.student.sweep import towers
 
+FIT = "fit"  # in the place of a first rate, see `fit_first_rates`
 RATES = [10 ** (step / 8) for step in range(-40, 9)]  # 1e-5 to 10
 MARGIN = 1.05  # of the matching loss of students that stay put
 

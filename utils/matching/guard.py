@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from utils.matching.pairs import Pairs
-from utils.matching.sweep import Matching
+from utils.sets import Pairs
+from utils.student import Matching
 
 PARTS = ("pictures", "texts", "image rate", "text rate")  # and parts of the similarity, if it is learned
 FACTOR = 10  # a gradient's norm may be so many times the median of the norms before it

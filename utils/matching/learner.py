@@ -8,7 +8,8 @@ from torch import Tensor
 from data.errors import InputError
 from utils.files import open_tensors, save_tensors
 from utils.matching.guard import Guard
-from utils.matching.pairs import NAMES, Pairs
+from utils.sets import Pairs
+from utils.sets.pairs import NAMES
 
 KIND = "distillation state"
 RATES = NAMES[2:]

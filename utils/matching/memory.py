@@ -7,8 +7,8 @@ import torch
 from data.errors import InputError
 from utils import ranks
 from utils.device import is_out_of_memory
-from utils.matching.pairs import Pairs
-from utils.matching.sweep import matching_gradient
+from utils.sets import Pairs
+from utils.student import matching_gradient
 
 CPU_PICTURES = 20  # 100 pictures of 160 px through MobileNetV1: half the time of 12 or 50 at a time
 TRIAL_STEPS = 3  # the first, one whose θ_t comes from the host, and the last: more steps take no more memory

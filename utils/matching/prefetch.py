@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 
 class Prefetch:
     """Calls read(iteration) in a thread, one iteration ahead. An exception in it is raised by `take`.
@@ -30,13 +28,3 @@ class Prefetch:
         if iteration + 1 < self.end:
             self.ahead[iteration + 1] = self.executor.submit(self.read, iteration + 1)
         return result
-
-
-def prepare(snapshot: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The snapshot in the memory layout of the models, and where a GPU can fetch it without waiting."""
-    snapshot = {n: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in snapshot.items()}
-    return {n: v.pin_memory() for n, v in snapshot.items()} if device.type == "cuda" else snapshot
-
-
-def to_device(snapshot: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: value.to(device, non_blocking=True) for name, value in snapshot.items()}

@@ -1,7 +1,7 @@
 """The page's curves: recall of the evaluations, and what every iteration measured."""
 
 from utils.report.charts import BLUE, FAINT, GREEN, MUTED, ORANGE, PURPLE, Level, Line, line_chart, scatter_chart
-from utils.report.history import History, series
+from utils.report.folder import History, series
 from utils.report.words import ALL_DATA, references
 
 RECALLS = {

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from data.pairs import RetrievalSet
 from utils.report.pairs import data_uri
-from utils.scoring import fit_images, retrieval_features
-from utils.synset import SynSet
+from utils.scoring import retrieval_features
+from utils.sets import SynSet, fit_images
 
 THUMBNAIL = 112
 SHOWN = 5  # pictures per search

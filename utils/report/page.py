@@ -8,9 +8,8 @@ from markupsafe import Markup
 from utils.files import save_text
 from utils.report.charts import check_installed
 from utils.report.curves import learning_charts, map_charts, recall_charts
-from utils.report.history import History, read_history
+from utils.report.folder import FIRST, History, first_and_shown, first_state, read_history, read_known
 from utils.report.pairs import PairGroup, pair_group
-from utils.report.sets import FIRST, first_and_shown, first_state, read_known
 from utils.report.words import (
     RECALL_COLUMNS,
     TABLE_COLUMNS,
@@ -21,7 +20,7 @@ from utils.report.words import (
     table_cells,
 )
 from utils.scoring import best_look_name
-from utils.synset import SynSet, load_synset
+from utils.sets import SynSet, load_synset
 
 TEMPLATES = Path(__file__).parent / "template"
 

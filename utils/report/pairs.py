@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data.transforms import denormalize
-from utils.synset import SynSet
+from utils.sets import SynSet
 
 # Bytes of a set's pictures in the page, and what is tried until they fit: longest side and WebP quality.
 BUDGET = 11e6

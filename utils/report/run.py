@@ -10,11 +10,10 @@ from torch import Tensor
 from data.errors import InputError
 from utils.files import save_text
 from utils.log import Aside, Log
-from utils.pictures import picture_grid
 from utils.report.charts import check_installed
 from utils.report.features import pair_features, principal_plane, search_ranks, take_sample, thumbnails
+from utils.report.folder import KNOWN, VERSION, first_and_shown, read_known
 from utils.report.page import write_run_page
-from utils.report.sets import KNOWN, VERSION, first_and_shown, read_known
 from utils.report.words import ALL_DATA, TABLE_COLUMNS, table_cells
 from utils.scoring import (
     TEST_SEED,
@@ -25,7 +24,7 @@ from utils.scoring import (
     mean_and_std,
     nearest_with_cosine,
 )
-from utils.synset import SynSet, load_synset
+from utils.sets import SynSet, load_synset, picture_grid
 
 NEAREST = 3  # captions shown of each pair
 MAP_PICTURES, SEARCH_PICTURES = 200, 50

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.report.history import History
+from utils.report.folder import History
 from utils.scoring import BEST_LOOK
 
 RECALL_COLUMNS = {

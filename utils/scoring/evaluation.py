@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from data.errors import InputError
 from utils import ranks
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
-from utils.synset import SynSet
+from utils.sets import SynSet, fit_images
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
@@ -21,19 +20,6 @@ def look_epochs(epochs: int, looks: int) -> list[int]:
     if looks > epochs:
         raise InputError(f"--looks {looks} is more than --epoch_eval_train {epochs}; lower it or train longer")
     return [epochs * look // looks for look in range(1, looks + 1)]
-
-
-def fit_images(synset: SynSet, image_size: int, mean, std) -> torch.Tensor:
-    """The set's pictures for an encoder: resized to [M, 3, image_size, image_size], normalised with its mean, std."""
-    images = synset.image_syn.float()
-    if images.shape[-1] != image_size:
-        images = F.interpolate(images, (image_size, image_size), mode="bicubic", antialias=True, align_corners=False)
-    if (tuple(mean), tuple(std)) == (tuple(synset.mean), tuple(synset.std)):
-        return images
-    old_mean, old_std, mean, std = (
-        torch.tensor(v).view(3, 1, 1).to(images) for v in (synset.mean, synset.std, mean, std)
-    )
-    return (images * old_std + old_mean - mean) / std
 
 
 def evaluate_synset(

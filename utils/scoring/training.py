@@ -9,7 +9,7 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.clip_model import IMAGE_TOWER, trained_parameters
 from networks.loss import pair_loss
-from utils.phases import phase_rows
+from utils.sets import phase_rows
 
 
 class NonFiniteLoss(InputError):

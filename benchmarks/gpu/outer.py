@@ -10,10 +10,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_setup import PRECISIONS, Setup, products_in
+from benchmarks.gpu.setup import PRECISIONS, Setup, products_in
 from benchmarks.measure import Tf32, alternate, count_operations
 from benchmarks.outer_gradient import Problem, agreement
-from utils.matching import fit_pair_chunk, student
+from utils.matching import fit_pair_chunk
+from utils.student import loss as student
 
 
 def card(setup: Setup):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from utils.similarity import similarity_matrix, similarity_misfit, similarity_names
+from utils.sets.similarity import similarity_matrix, similarity_misfit, similarity_names
 
 METHOD = "distilled elsewhere"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which these programs take for every encoder

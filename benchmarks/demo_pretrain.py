@@ -1,4 +1,4 @@
-"""Makes networks/demo_nfnet.safetensors, the pretrained image encoder of the demo: python -m networks.demo_pretrain
+"""Makes networks/demo_nfnet.safetensors, the pretrained image encoder of the demo: python -m benchmarks.demo_pretrain
 
 As ImageNet weights are for photographs, it comes from naming single things: the encoder classifies drawn pictures
 of one thing by shape, colour, size, background and pattern. It sees no caption and no scene of the demo data.
@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIZES, draw_scene, paint_scene
+from data.demo.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, SIZES, draw_scene, paint_scene
 from data.transforms import normalize
 from networks.image_encoder import build_image_encoder
 from utils import cli
 
-CHECKPOINT = Path(__file__).with_name("demo_nfnet.safetensors")
+CHECKPOINT = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
 CLASSES = tuple(list(names) for names in (SHAPES, COLOURS, SIZES, BACKGROUNDS, PATTERNS))
 BATCH_SIZE, IMAGE_SIZE, SEED = 64, 48, 1
 
@@ -38,7 +38,7 @@ def draw_batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="networks.demo_pretrain", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="benchmarks.demo_pretrain", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--image_encoder", default="test_nfnet", help="any timm model")
     timm_arguments = {"nargs": "+", "type": cli.key_value, "metavar": "KEY=VALUE", "default": []}
     parser.add_argument("--image_kwargs", **timm_arguments, help="arguments of timm.create_model")
@@ -70,7 +70,7 @@ def main(argv=None):
         right = [(part.argmax(1) == label).float().mean() for part, label in zip(parts, labels.T, strict=True)]
         bar.set_postfix(loss=f"{loss.item():.2f}", right=" ".join(f"{r:.2f}" for r in right))
     state = {name: value.half().contiguous() for name, value in encoder.model.state_dict().items()}
-    save_file(state, args.output, {"about": f"{args.image_encoder} of timm, features, by networks.demo_pretrain"})
+    save_file(state, args.output, {"about": f"{args.image_encoder} of timm, features, by benchmarks.demo_pretrain"})
 
 
 if __name__ == "__main__":

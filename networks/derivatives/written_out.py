@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from networks.convolutions import conv2d
-from networks.standardisation import Standardised
+from networks.derivatives.convolutions import conv2d
+from networks.derivatives.standardisation import Standardised
 
 
 class WrittenOut(TorchFunctionMode):

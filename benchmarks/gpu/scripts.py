@@ -15,7 +15,7 @@ import transformers
 
 import buffer
 import distill
-from benchmarks.gpu_setup import Setup, products_in
+from benchmarks.gpu.setup import Setup, products_in
 from benchmarks.measure import alternate
 from benchmarks.outer_iteration import Iterations
 from data.demo import make_demo

@@ -9,8 +9,8 @@ import torch
 from data.errors import InputError
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
-from utils.released_sets import is_released, read_released
-from utils.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
+from utils.sets.released import is_released, read_released
+from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
 KIND = "set of pairs"
 TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
@@ -28,9 +28,9 @@ class SynSet:
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
-        similarity, alpha: parts of the soft targets and their α, see `utils.similarity`; none for hard targets.
+        similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
         loss_type: what to train with, see `networks.loss.pair_loss`.
-        phases: parts of the set that a model trains on one after the other, see `utils.phases`.
+        phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
     """
 
     image_syn: torch.Tensor
@@ -73,7 +73,7 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
 
 
 def load_synset(path: str | Path) -> SynSet:
-    """Reads a set: one of ours, or, by the ending .pt or .pth, one in the form that `utils.released_sets` reads.
+    """Reads a set: one of ours, or, by the ending .pt or .pth, one in the form that `utils.sets.released` reads.
 
     Raises:
         InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.similarity import similarity_names
+from utils.sets.similarity import similarity_names
 
 BATCH_ORDERS = ("independent", "permutation")
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
@@ -20,7 +20,7 @@ class Pairs:
         image_syn: [M, 3, H, W] normalised pixels.
         text_syn: [M, D_text] text embeddings.
         syn_lr_img, syn_lr_txt: scalars, β of the image and of the text tower.
-        similarity: parts of S, see `utils.similarity`; empty for hard targets.
+        similarity: parts of S, see `utils.sets.similarity`; empty for hard targets.
     """
 
     image_syn: Tensor

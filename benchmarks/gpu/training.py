@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.expert_step import draw_pictures
-from benchmarks.gpu_setup import Setup, products_in
+from benchmarks.gpu.setup import Setup, products_in
 from benchmarks.measure import alternate, now
 from data.annotations import Record
 from data.augment import Augment, cached_side
@@ -19,7 +19,7 @@ from networks.clip_model import ModelFactory
 from networks.image_encoder import build_image_encoder
 from utils.scoring import device_batches, evaluate_retrieval, evaluate_synset
 from utils.scoring.training import make_optimizer, train_epoch
-from utils.synset import SynSet
+from utils.sets import SynSet
 
 
 def expert_step(setup: Setup):

@@ -1,6 +1,6 @@
 """The student: its loss, and the gradient of one of its steps and back through it, whole or in chunks of pairs.
 
-Notation as in utils/matching/sweep.py; besides U the image features, J = ∂U/∂θ of the image tower.
+Notation as in utils/student/sweep.py; besides U the image features, J = ∂U/∂θ of the image tower.
 
 Over ranks, each computes the image tower of its share of a step's pairs, and everything behind U for all of them.
 Forth, a step gathers U and sums the image tower's part of g_t; back, it gathers Jb and sums the image tower's part of
@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from networks.clip_model import IMAGE_TOWER
+from networks.derivatives.written_out import WrittenOut
 from networks.loss import pair_loss
-from networks.written_out import WrittenOut
 from utils import ranks
-from utils.matching.pairs import rows_on
-from utils.matching.share import Share
-from utils.similarity import similarity_matrix
+from utils.sets import rows_on, similarity_matrix
+from utils.student.share import Share
 
 Parameters = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_setup import Setup, products_in
+from benchmarks.gpu.setup import Setup, products_in
 from benchmarks.measure import now
 
 LONGEST = 10

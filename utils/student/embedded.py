@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from utils.matching.pairs import rows_on
-from utils.matching.share import Share
-from utils.matching.student import chunk_seed
+from utils.sets import rows_on
+from utils.student.loss import chunk_seed
+from utils.student.share import Share
 
 
 class EmbeddedPictures:

@@ -14,11 +14,10 @@ from torch import Tensor
 from data.errors import InputError
 from networks.clip_model import IMAGE_TOWER
 from utils import ranks
-from utils.matching.draws import Segment
-from utils.matching.pairs import Pairs
-from utils.matching.pictures import EmbeddedPictures
-from utils.matching.prefetch import to_device
-from utils.matching.student import ChunkedSteps, Parameters, StudentLoss, WholeSteps
+from utils.sets import Pairs
+from utils.student.embedded import EmbeddedPictures
+from utils.student.loss import ChunkedSteps, Parameters, StudentLoss, WholeSteps
+from utils.student.segment import Segment, to_device
 
 
 @dataclass

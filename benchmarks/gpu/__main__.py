@@ -1,7 +1,7 @@
 """Every claim on a card, in one command: writes tables as Markdown and the numbers as JSON.
 
-    python -m benchmarks.on_gpu
-    python -m benchmarks.on_gpu --device cpu --toy
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --device cpu --toy
 
 Both files are written after each measurement. The same command again carries on where the last one ended, and tries
 again what failed; numbers of another card, torch or size are not mixed in. What fails costs its row alone. Nothing is
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_record import Record
-from benchmarks.gpu_setup import TOY, Setup, Sizes
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.setup import TOY, Setup, Sizes
 from data.errors import InputError
 from utils import cli
 from utils.matching import OutOfMemory
@@ -32,22 +32,22 @@ OUTER = "Outer iteration, by precision, limit of memory and pairs at a time"
 # Name on the command line: table, function of a module beside this one and its options; the most telling first.
 # A module is imported when its turn comes, so that one that cannot be costs its sections alone.
 SECTIONS = {
-    "card": ("The card", "gpu_outer.card", {}),
-    "published": ("distill.py with the published flags", "gpu_scripts.published_command", {}),
-    "heads": ("distill.py with heads", "gpu_scripts.heads_command", {}),
-    "written_out": ("Second derivatives, two steps of 25 pairs in tf32", "gpu_outer.written_out", {}),
-    "outer": (OUTER, "gpu_outer.outer", {"precision": "tf32"}),
-    "profile": ("Where the time goes", "gpu_profile.where_the_time_goes", {}),
-    "expert": ("An expert's step", "gpu_training.expert_step", {}),
-    "evaluation": ("Evaluation of one network", "gpu_training.evaluation", {}),
-    "precision": ("Agreement with float64", "gpu_outer.precisions", {}),
-    "students": ("Other students", "gpu_outer.other_students", {}),
-    "outer_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16"}),
-    "chunks": (OUTER, "gpu_outer.outer", {"precision": "tf32", "others": True}),
-    "unroll": ("Against a full unroll", "gpu_outer.unrolled", {}),
-    "released": ("Against a loop as released", "gpu_scripts.as_released", {}),
-    "outer_fp32": (OUTER, "gpu_outer.outer", {"precision": "fp32"}),
-    "chunks_bf16": (OUTER, "gpu_outer.outer", {"precision": "bf16", "others": True}),
+    "card": ("The card", "outer.card", {}),
+    "published": ("distill.py with the published flags", "scripts.published_command", {}),
+    "heads": ("distill.py with heads", "scripts.heads_command", {}),
+    "written_out": ("Second derivatives, two steps of 25 pairs in tf32", "outer.written_out", {}),
+    "outer": (OUTER, "outer.outer", {"precision": "tf32"}),
+    "profile": ("Where the time goes", "profile.where_the_time_goes", {}),
+    "expert": ("An expert's step", "training.expert_step", {}),
+    "evaluation": ("Evaluation of one network", "training.evaluation", {}),
+    "precision": ("Agreement with float64", "outer.precisions", {}),
+    "students": ("Other students", "outer.other_students", {}),
+    "outer_bf16": (OUTER, "outer.outer", {"precision": "bf16"}),
+    "chunks": (OUTER, "outer.outer", {"precision": "tf32", "others": True}),
+    "unroll": ("Against a full unroll", "outer.unrolled", {}),
+    "released": ("Against a loop as released", "scripts.as_released", {}),
+    "outer_fp32": (OUTER, "outer.outer", {"precision": "fp32"}),
+    "chunks_bf16": (OUTER, "outer.outer", {"precision": "bf16", "others": True}),
 }
 ON_CARD_ALONE = ("chunks", "chunks_bf16")  # on a CPU the same as those under limits
 
@@ -78,7 +78,7 @@ def measure(section: str, setup: Setup, record: Record, seconds_left) -> None:
     title, function, options = SECTIONS[section]
     try:
         module, name = function.split(".")
-        of_setup = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+        of_setup = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
         with contextlib.closing(of_setup(setup, **options)) as measurements:
             for name, call in measurements:
                 if not record.is_done(title, name):
@@ -154,7 +154,7 @@ def about(setup: Setup, toy: bool) -> dict:
 
 def parse_args(argv=None):
     about, formatter = __doc__, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="benchmarks.on_gpu", description=about, formatter_class=formatter)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.__main__", description=about, formatter_class=formatter)
     add = parser.add_argument
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure, in this order")
     add("--minutes", type=float, default=9, help="after so many the rest is listed as not run")

@@ -4,16 +4,30 @@ import textwrap
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data.errors import InputError
 from data.transforms import denormalize
-from utils.synset import SynSet
+from utils.sets.synset import SynSet
 
 
 def pixels_of(synset: SynSet) -> np.ndarray:
     """The pictures as they are shown: uint8 [M, H, W, 3]."""
     return _as_bytes(_pixels(synset))
+
+
+def fit_images(synset: SynSet, image_size: int, mean, std) -> torch.Tensor:
+    """The set's pictures for an encoder: resized to [M, 3, image_size, image_size], normalised with its mean, std."""
+    images = synset.image_syn.float()
+    if images.shape[-1] != image_size:
+        images = F.interpolate(images, (image_size, image_size), mode="bicubic", antialias=True, align_corners=False)
+    if (tuple(mean), tuple(std)) == (tuple(synset.mean), tuple(synset.std)):
+        return images
+    old_mean, old_std, mean, std = (
+        torch.tensor(v).view(3, 1, 1).to(images) for v in (synset.mean, synset.std, mean, std)
+    )
+    return (images * old_std + old_mean - mean) / std
 
 
 def picture_grid(synset: SynSet, columns: int = 10, side: int = 160, lines: int = 5) -> Image.Image:

@@ -10,10 +10,9 @@ from PIL import Image
 
 from data.errors import InputError
 from utils.files import save_tensors, save_torch
-from utils.pictures import pixels_of
-from utils.released_sets import MEAN, STD
-from utils.scoring import fit_images
-from utils.synset import SynSet
+from utils.sets.pictures import fit_images, pixels_of
+from utils.sets.released import MEAN, STD
+from utils.sets.synset import SynSet
 
 KIND = "texts and rates of exported pairs"
 
@@ -61,7 +60,7 @@ def _write_set(folder: Path, synset: SynSet) -> None:
 
 
 def export_released(path: str | Path, synset: SynSet) -> None:
-    """Writes the set in the form that `utils.released_sets` reads, its pixels normalised as there.
+    """Writes the set in the form that `utils.sets.released` reads, its pixels normalised as there.
 
     Hard targets become a full similarity, the identity. The form has no captions, settings, loss or α.
 

@@ -1,4 +1,4 @@
-"""What the sections of benchmarks/on_gpu.py share: sizes, precisions, limits of memory, and one measured call."""
+"""What the sections of benchmarks/gpu/__main__.py share: sizes, precisions, limits of memory, and one measured call."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The embedded data set "demo": drawn scenes with captions (data/scenes.py), written on first use."""
+"""The embedded data set "demo": drawn scenes with captions (data/demo/scenes.py), written on first use."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
+from data.demo.scenes import caption_scene, demo_words, draw_scene, paint_scene
 from data.errors import InputError
-from data.scenes import caption_scene, demo_words, draw_scene, paint_scene
 
 __all__ = ["demo_words", "make_demo"]
 

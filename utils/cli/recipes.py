@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-FIT = "fit"  # in the place of a first student rate, see `utils.matching.fit_first_rates`
+from utils.matching import FIT
+
 RELEASED_STUDENT = 0.376  # 1 / ln(1 / 0.07): the released student's scale is not exponentiated
 
 # Of LoRS for 100 pairs of Flickr30K (Xu et al., ICML 2024); 99 pairs, as the similarity takes the place of one.
@@ -52,7 +53,7 @@ DEMO_DATA = {
     "image_root": "demo_data",
     "ann_root": "demo_data",
     "image_encoder": "test_nfnet",
-    "image_checkpoint": str(Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"),
+    "image_checkpoint": str(Path(__file__).parents[2] / "networks/demo_nfnet.safetensors"),
     "text_encoder": "demo",
     "text_pooling": "mean",
     "image_size": 48,

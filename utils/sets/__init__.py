@@ -1,0 +1,9 @@
+"""A set of pairs: what is learned, its file and those of other programs, its pictures, its similarity and phases."""
+
+from utils.sets.export import export_released, export_sets
+from utils.sets.pairs import BATCH_ORDERS, Pairs, draw_batches, rows_on
+from utils.sets.phases import phase_rows
+from utils.sets.pictures import before_and_after, fit_images, picture_grid
+from utils.sets.released import is_released
+from utils.sets.similarity import SIM_TYPES, initial_similarity, similarity_matrix
+from utils.sets.synset import SynSet, load_synset, save_synset
