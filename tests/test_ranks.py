@@ -59,7 +59,7 @@ def exchange():
     assert torch.equal(ranks.gather_rows(own, [2, 3]), rows)
     assert torch.equal(ranks.gather_rows(rows[:1] if rank else rows[:0], [0, 1]), rows[:1])
     image, number = torch.full((2, 3, 2, 2), 1.0 + rank).to(memory_format=torch.channels_last), torch.tensor(2.0)
-    ranks.add_up([image, number])()
+    ranks.add_up([image, number])
     assert (image == 3).all() and number == 4
     with ranks.alone():
         assert ranks.count() == 1 and ranks.gather(rank) == [rank]

@@ -11,7 +11,7 @@ from networks.lora import add_lora
 from utils.sets import Pairs, draw_batches
 from utils.student import Segment, StudentLoss, matching_gradient
 from utils.student import loss as student_module
-from utils.student.loss import chunk_seed
+from utils.student.chunks import chunk_seed
 
 NAMES = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
 TEXT_DIM, NUM_PAIRS, BATCH_SIZE = 12, 5, 3

@@ -183,11 +183,13 @@ def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Begins to sum tensors over the ranks, in one message; the function that it returns waits and puts the sums there.
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Puts the sum over the ranks into each tensor, all in one message; the same on every rank, bit by bit."""
+    begin_to_add_up(tensors)()
 
-    The sums are the same on every rank, bit by bit.
-    """
+
+def begin_to_add_up(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Begins `add_up`; the function that it returns waits and puts the sums there."""
     if count() == 1:
         return lambda: None
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

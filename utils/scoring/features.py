@@ -101,7 +101,7 @@ def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
         except InputError as error:
             print(f"making the image features anew: {error}")
     image_embed = make()
-    ranks.add_up([image_embed])()
+    ranks.add_up([image_embed])
     try:
         if ranks.is_first():
             save_tensors(path, {"image_embed": image_embed}, {"kind": KIND})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.sets import rows_on
-from utils.student.loss import chunk_seed
+from utils.student.chunks import chunk_seed
 from utils.student.share import Share
 
 

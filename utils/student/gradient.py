@@ -1,0 +1,135 @@
+"""The gradient of the matching loss: of one segment or of the mean of several, whole, in chunks, over ranks.
+
+Notation as in utils/student/sweep.py.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from utils import ranks
+from utils.sets import Pairs
+from utils.student.chunks import ChunkedSteps
+from utils.student.embedded import EmbeddedPictures
+from utils.student.loss import Parameters, StudentLoss
+from utils.student.segment import Segment, to_device
+from utils.student.share import SharedSteps
+from utils.student.steps import WholeSteps
+from utils.student.sweep import Matching, match
+
+
+def matching_gradient(
+    loss_fn: StudentLoss,
+    start: Parameters,
+    target: Parameters,
+    pairs: Pairs,
+    batches: Sequence[Tensor],
+    seed: int,
+    pair_chunk: int | None = None,
+    momentum: float = 0.0,
+    adjoint_decay: float = 1.0,
+) -> Matching:
+    """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
+
+    How it is taken, see `match`. For a frozen image encoder see `mean_matching`.
+
+    Ranks share the pairs of each step (of a frozen image encoder, the pictures) and return the same gradient. With an
+    image tower that draws random numbers their shares are whole chunks of `pair_chunk`, so that the numbers are those
+    of one process with the same `pair_chunk`; with any other tower the shares are equal and `pair_chunk` is a matter of
+    each rank's memory.
+
+    Args:
+        loss_fn: the student's loss.
+        start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
+        pairs: the synthetic pairs, rates and soft targets; their tensors need no gradient flag.
+        batches: indices into the pairs for each step, see `draw_batches`.
+        seed: of the random numbers in the student's steps.
+        pair_chunk: pairs whose image tower's graph is held at a time; None for all. Then a step's memory does not
+            grow with its pairs, for about 1.4 times the operations (more time for small chunks).
+        momentum: μ of the student's steps.
+        adjoint_decay: γ in λ_t = λ_{t+1} − γ β (∂g_t/∂θ)ᵀ b_t; 1 is exact, 0 the gradient of TESLA (Cui et al., 2023).
+
+    Raises:
+        InputError: several ranks, an image tower that draws random numbers, and no `pair_chunk` below a batch.
+    """
+    pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
+    if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
+        segment = Segment(0, start, target, batches, seed)
+        return mean_matching(loss_fn, [segment], pairs, pair_chunk, momentum, adjoint_decay)
+    arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
+    batch_size = max(len(batch) for batch in batches)
+    unit = check_shares(loss_fn, start, pairs, batch_size, pair_chunk)
+    in_chunks = unit is not None or (pair_chunk is not None and pair_chunk < -(-batch_size // ranks.count()))
+    if in_chunks:
+        steps = ChunkedSteps(*arguments, size=pair_chunk, unit=unit or 1)
+    else:
+        steps = WholeSteps(*arguments) if ranks.count() == 1 else SharedSteps(*arguments)
+    return match(steps, start, target, momentum)
+
+
+def mean_matching(
+    loss_fn: StudentLoss,
+    segments: Sequence[Segment],
+    pairs: Pairs,
+    pair_chunk: int | None = None,
+    momentum: float = 0.0,
+    adjoint_decay: float = 1.0,
+) -> Matching:
+    """The mean over `segments` of the matching loss, the student's losses and the gradient; see `matching_gradient`.
+
+    Where the student's image encoder is frozen, each picture of any segment goes through it once, the steps and the
+    sweeps run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels: then
+    further segments cost little.
+    """
+    pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
+    how = momentum, adjoint_decay
+    if loss_fn.frozen_encoder is None or pairs.image_syn.ndim != 4:
+        return _mean((_matched(segment, loss_fn, pairs, pair_chunk, *how) for segment in segments), len(segments))
+    used = torch.cat([batch for segment in segments for batch in segment.batches])
+    pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
+    embedded = replace(pairs, image_syn=pictures.embed)
+    with ranks.alone():
+        matching = _mean((_matched(segment, loss_fn, embedded, None, *how) for segment in segments), len(segments))
+    image_syn, *others = matching.gradient.tensors()
+    ranks.take_from_first(others)
+    matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
+    return matching
+
+
+def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
+    start, target = (to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target))
+    return matching_gradient(loss_fn, start, target, pairs, segment.batches, segment.seed, *how)
+
+
+def _mean(matchings: Iterable[Matching], number: int) -> Matching:
+    sums = None
+    for matching in matchings:
+        losses = matching.loss, matching.image_loss, matching.text_loss, matching.student_losses
+        tensors = [*losses, *matching.gradient.tensors()]
+        if sums is None:
+            sums = tensors
+        else:
+            torch._foreach_add_(sums, tensors)
+    torch._foreach_div_(sums, number)
+    return Matching(*sums[:4], Pairs.of(sums[4:]))
+
+
+def check_shares(loss_fn, params: Parameters, pairs: Pairs, batch_size: int, pair_chunk: int | None) -> int | None:
+    """How many pairs a rank must take together: `pair_chunk` if the image tower draws random numbers, else None.
+
+    Raises:
+        InputError: see `matching_gradient`.
+    """
+    if ranks.count() == 1 or loss_fn.frozen_encoder is not None:
+        return None
+    if not loss_fn.draws_on_images(params, pairs.image_syn):
+        return None
+    if pair_chunk is None or pair_chunk >= batch_size:
+        raise InputError(
+            "the image tower draws random numbers (dropout), so ranks share whole chunks of pairs; give --pair_chunk "
+            f"{-(-batch_size // ranks.count())} or less, the same with any number of ranks"
+        )
+    return pair_chunk
