@@ -171,7 +171,6 @@ def protocol_of_sets(args, usual: dict) -> dict:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    check_outputs(args)
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
     if args.export or args.export_pt:
         if ranks.is_first():
@@ -182,6 +181,7 @@ def main(argv=None):
     for path, synset in synsets.items():
         check_shared(path, synset, args)
     by_encoder = encoder_args(args, list(synsets.values()))
+    check_outputs(args)
 
     print(describe_device(find_device(args)))
 

@@ -9,6 +9,7 @@ All tensors that they save and all recalls must be the same; `--tolerance` allow
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,7 @@ ROOT = Path(__file__).parents[1]
 SCENES = """
 from pathlib import Path
 import sys
-try:
-    from data.demo import make_demo
-except ImportError:
-    from data.demo.splits import make_demo
+from data.demo import make_demo
 root = Path(sys.argv[1])
 make_demo(root, num_train=40, num_val=16, num_test=16, image_size=32)
 for split in ("train", "val", "test"):
@@ -81,6 +79,7 @@ def main(argv=None) -> int:
             subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", code["base"], args.base], check=True)
         if not data.exists():
             subprocess.run([sys.executable, "-c", SCENES, data], cwd=code["base"], check=True)
+        shutil.rmtree(results["here"], ignore_errors=True)
         for version, folder in results.items():
             run_all(code[version], folder, data)
         differences = compare(results["base"], results["here"], args.tolerance)
@@ -122,10 +121,7 @@ def difference(old: Path, new: Path, tolerance: float) -> str:
     if not new.exists():
         return "is not there"
     if old.suffix == ".json":
-        rows = [
-            [row["results"] if "results" in row else row["mean"] for row in json.loads(p.read_text())["rows"]]
-            for p in (old, new)
-        ]
+        rows = [[(row["mean"], row["std"]) for row in json.loads(path.read_text())["rows"]] for path in (old, new)]
         return "" if rows[0] == rows[1] else "other recalls"
     tensors = [tensors_of(path) for path in (old, new)]
     if tensors[0].keys() != tensors[1].keys():

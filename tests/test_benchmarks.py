@@ -1,9 +1,12 @@
 """The benchmarks run; what they measure is not looked at."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import measure, memory_estimate, outer_gradient, outer_iteration
+from benchmarks import measure, memory_estimate, outer_gradient, outer_iteration, same_numbers
+from utils.files import save_tensors
 
 SMALL = ["--image_size", "32", "--text_dim", "8", "--pairs", "3"]
 
@@ -54,3 +57,21 @@ def test_peak_memory_of_a_known_call():
 
 def test_operations_of_a_known_call():
     assert measure.count_operations(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5)) == 2 * 2 * 3 * 5
+
+
+def test_two_versions_are_compared_bit_for_bit(tmp_path, capsys):
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2)}
+    changed = {"a": torch.tensor([0.0, 1.0, 2.0, 3.0000002]), "b": torch.ones(2)}
+    base, here = tmp_path / "base", tmp_path / "here"
+    for name, there in {"same": tensors, "other": changed, "fewer": {"a": tensors["a"]}, "missing": None}.items():
+        save_tensors(base / f"{name}.safetensors", tensors, {})
+        if there is not None:
+            save_tensors(here / f"{name}.safetensors", there, {})
+    for folder, recall in ((base, 1.0), (here, 2.0)):
+        (folder / "score.json").write_text(json.dumps({"rows": [{"mean": {"r_mean": recall}, "std": {"r_mean": 0.5}}]}))
+    found = same_numbers.compare(base, here, tolerance=0.0)
+    assert [name for name, text in found.items() if not text] == ["same.safetensors"]
+    assert found["other.safetensors"].startswith("a differs by ") and found["missing.safetensors"] == "is not there"
+    assert "['b']" in found["fewer.safetensors"] and found["score.json"] == "other recalls"
+    assert same_numbers.report(found) == 1 and "5 files compared, 4 differ" in capsys.readouterr().out
+    assert not same_numbers.compare(base, here, tolerance=1e-6)["other.safetensors"]

@@ -153,7 +153,7 @@ def test_vocabulary_file_holds_every_word():
     tokens = VOCABULARY.read_text().splitlines()
     assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(set(tokens)) == len(tokens)
-    assert set(demo_words()) <= set(tokens), "write data.demo.splits.demo_words() into the vocabulary"
+    assert set(demo_words()) <= set(tokens), "write data.demo.scenes.demo_words() into the vocabulary"
     assert {"a", "z", "##a", "##z"} <= set(tokens)
 
 

@@ -133,3 +133,12 @@ def test_fewer_iterations_than_done(run, match, capsys):
     assert "2 iterations" in line and "--Iteration is 1" in line
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     assert match(run, "--Iteration", 2, "--resume") == 0
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_picture_to_be_scored_that_cannot_be_read_is_told_at_the_start(match, tiny_data, tmp_path, capsys, split):
+    folder = shutil.copytree(tiny_data, tmp_path / "data")
+    picture = sorted(folder.glob(f"demo-images/{split}_*.png"))[-1]
+    picture.write_bytes(picture.read_bytes()[:100])
+    line = stderr_line(capsys, match, tmp_path / "run", "--image_root", folder, "--Iteration", 1)
+    assert str(picture) in line and not (tmp_path / "run").exists()

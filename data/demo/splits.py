@@ -6,10 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
-from data.demo.scenes import caption_scene, demo_words, draw_scene, paint_scene
+from data.demo.scenes import caption_scene, draw_scene, paint_scene
 from data.errors import InputError
-
-__all__ = ["demo_words", "make_demo"]
 
 VERSION = 1  # of the scenes: a folder written with another one is made anew
 SPLITS = ("test", "val", "train")  # in the order of drawing

@@ -62,13 +62,14 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
 
 
 def embedded_once(retrieval, factory, batch_size: int, cache_dir):
-    """(RetrievalSet, text_embed), the set with its `image_embed` if the factory's image encoder is frozen.
+    """(RetrievalSet, text_embed), the set with its pictures read, or `image_embed` if the image encoder is frozen.
 
-    Cached as those of `embed_images`; the pictures must be files.
+    Features are cached as those of `embed_images`; the pictures must be files. Raises InputError at an unreadable one.
     """
-    if factory.image_trainable:
-        return retrieval
     whole, text_embed = retrieval
+    if factory.image_trainable:
+        _ = whole.images  # read now: an unreadable one must not end a run when its split is scored at last
+        return retrieval
     sizes = whole.image_size, batch_size
     image_embed = embed_images(whole.pictures, factory.encoder, *sizes, factory.device, cache_dir)
     return replace(whole, image_embed=image_embed.to(factory.device)), text_embed
