@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
+from networks.loss import PairLoss
 from utils import cli, ranks
 from utils.device import describe_device
 from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
@@ -125,7 +126,7 @@ def main(argv=None):
     def train(n: int, on_epoch) -> tuple:
         seed = args.seed + n
         torch.manual_seed(seed)
-        model = factory.fresh(seed)
+        model = factory.fresh(seed, PairLoss(temperature=args.temperature))
         snapshots, recalls = train_expert(model, loader_of(seed), text_embed, augment, validation, n, args, on_epoch)
         return list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
 
@@ -244,7 +245,7 @@ def train_expert(model, loader, text_embed, augment, validation, n, args, on_epo
         return device_batches(bar, text_embed, model.image_encoder, device, augment)
 
     snapshots, recalls = {0: snapshot(model)}, []
-    for epoch, (loss, accuracy) in train_epochs(model, batches, args.temperature, **expert_recipe(args)):
+    for epoch, (loss, accuracy) in train_epochs(model, batches, **expert_recipe(args)):
         if epoch in kept:
             snapshots[epoch] = snapshot(model)
         recall = evaluate_retrieval(model, *validation, args.batch_size_test, device)

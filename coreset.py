@@ -15,6 +15,7 @@ import torch
 from data.errors import InputError
 from data.pairs import load_images
 from data.transforms import normalize
+from networks.loss import PairLoss
 from utils import cli, ranks
 from utils.device import describe_device
 from utils.scoring import (
@@ -135,14 +136,14 @@ def check_flags(args) -> None:
 def count_forgetting(loader, real, real_embed, factory, args, device):
     """Trains one expert as buffer.py does; returns each pair's forgetting events [rows]."""
     torch.manual_seed(args.seed)
-    model = factory.fresh(args.seed)
+    model = factory.fresh(args.seed, PairLoss(temperature=args.temperature))
     counter = ForgettingCounter(real.row_to_image)
 
     def batches(epoch):
         return device_batches(counter.watch(loader), real_embed, model.image_encoder, device)
 
     recipe = expert_recipe(args)
-    for epoch, (loss, _) in train_epochs(model, batches, args.temperature, **recipe, on_batch=counter.count_batch):
+    for epoch, (loss, _) in train_epochs(model, batches, **recipe, on_batch=counter.count_batch):
         shares = [100 * flags.float().mean().item() for flags in (counter.was_matched, counter.learned)]
         print(
             f"epoch {epoch}/{args.train_epochs}: loss {loss:.3f}, {shares[0]:.1f} % of the pairs matched, "

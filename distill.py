@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
+from networks.loss import PairLoss
 from utils import cli, ranks
 from utils.device import describe_device
 from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
@@ -122,7 +123,7 @@ class Distillation:
             self.real, self.real_embed = training_pairs(args, splits["train"], text_encoder)
             scored = [retrieval_pairs(args, splits[split], text_encoder) for split in ("val", "test")]
         del text_encoder
-        model = factory.fresh(args.seed)
+        model = factory.fresh(args.seed, PairLoss(args.loss_type, args.student_temperature))
         training = describe_training(factory, model)
         settings = {**vars(args), **training}
         start = trained_parameters(model)
@@ -137,8 +138,7 @@ class Distillation:
         ranks.take_from_first(self.pairs.tensors())
 
         # The student, and what it reads ahead.
-        how = args.student_temperature, args.loss_type, args.alpha, args.blend_alpha
-        self.loss_fn = StudentLoss(model, *how)
+        self.loss_fn = StudentLoss(model, args.alpha, args.blend_alpha)
         batch_size = min(args.mini_batch_size or args.num_queries, args.num_queries)
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         trial = self.loss_fn, start, self.pairs, batch_size

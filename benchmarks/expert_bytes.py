@@ -18,7 +18,7 @@ from torch.func import functional_call
 from benchmarks.measure import table
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
-from networks.loss import contrastive_loss
+from networks.loss import PairLoss
 from utils.experts.trajectory import Trajectory, save_trajectory
 from utils.student import matching_loss
 
@@ -28,7 +28,7 @@ def take_steps(model, start, images, text_embed, steps: int, lr: float, temperat
     parameters = dict(start)
     for _ in range(steps):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        loss = contrastive_loss(*functional_call(model, leaves, (images, text_embed)), temperature)
+        loss = PairLoss(temperature=temperature)(*functional_call(model, leaves, (images, text_embed)))
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         pairs = zip(leaves.items(), gradients, strict=True)
         parameters = {name: (value - lr * gradient).detach() for (name, value), gradient in pairs}
@@ -47,7 +47,7 @@ def matching_change(model, exact, stored, start_epochs, images, text_embed, step
         for snapshot in (exact, stored):
             start, target = snapshot(epoch), snapshot(epoch + 1)
             student = take_steps(model, start, images, text_embed, steps, lr)
-            losses.append(sum(matching_loss(student, start, target)).item())
+            losses.append(sum(matching_loss(student, start, target, model.towers())).item())
         largest = max(largest, abs(losses[1] - losses[0]))
     return losses[0], largest
 

@@ -30,7 +30,6 @@ from data.pairs import PairDataset, pair_loader
 from data.transforms import normalize, train_transform
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
-from networks.loss import contrastive_loss
 from utils.scoring.training import make_optimizer
 
 PARTS = ("data", "captions", "forward", "backward", "optimizer")
@@ -63,7 +62,7 @@ class Step:
         times.append(self._now())
         text_embed = embed(rows).to(self.device)
         times.append(self._now())
-        loss = contrastive_loss(*self.model(images, text_embed), 0.07)
+        loss = self.model.loss(*self.model(images, text_embed))
         times.append(self._now())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -85,7 +84,7 @@ class Step:
         with FlopCounterMode(display=False) as of_captions:
             text_embed = self.embed(tokens)
         with FlopCounterMode(display=False) as of_rest:
-            contrastive_loss(*self.model(images, text_embed), 0.07).backward()
+            self.model.loss(*self.model(images, text_embed)).backward()
         captions, rest = of_captions.get_total_flops(), of_rest.get_total_flops()
         return f"{100 * captions / (captions + rest):.0f} %"
 

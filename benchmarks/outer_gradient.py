@@ -23,10 +23,11 @@ from benchmarks.measure import (
     peak_memory,
     table,
 )
-from networks.clip_model import IMAGE_TOWER, CLIPModel, ProjectionHead, trained_parameters
+from networks.clip_model import IMAGE, CLIPModel, ProjectionHead, trained_parameters
 from networks.derivatives.activations import SiLU
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
+from networks.loss import PairLoss
 from utils.sets import Pairs
 from utils.student import StudentLoss, matching_gradient
 
@@ -59,12 +60,13 @@ class Problem:
         of_images = ProjectionHead(encoder.width, encoder.width, dropout=0.0) if args.heads else None
         if args.heads:
             encoder.requires_grad_(False)
-        model = CLIPModel(encoder, ProjectionHead(args.text_dim, encoder.width, dropout=0.0), bf16, of_images)
+        of_texts = ProjectionHead(args.text_dim, encoder.width, dropout=0.0)
+        model = CLIPModel(encoder, of_texts, bf16, of_images, PairLoss(temperature=args.temperature))
         if not own_activations:
             put_back_activations(model)
         channels_last = {"memory_format": torch.channels_last}
         self.model = model.to(args.device, dtype).to(**channels_last).train()
-        self.loss_fn = StudentLoss(self.model, args.temperature)
+        self.loss_fn = StudentLoss(self.model)
         if every_step:
             self.loss_fn.frozen_encoder = None
 
@@ -92,12 +94,12 @@ class Problem:
             loss = self.loss_fn(params, images, text_embed)
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             params = {
-                name: value - (lr_img if name.startswith(IMAGE_TOWER) else lr_txt) * grad
+                name: value - (lr_img if self.loss_fn.towers[name] == IMAGE else lr_txt) * grad
                 for (name, value), grad in zip(params.items(), grads, strict=True)
             }
         loss = 0
         for image_tower in (True, False):
-            names = [name for name in params if name.startswith(IMAGE_TOWER) == image_tower]
+            names = [name for name in params if (self.loss_fn.towers[name] == IMAGE) == image_tower]
             distance, travelled = (
                 sum(((values[n] - self.target[n]) ** 2).sum() for n in names) for values in (params, self.start)
             )

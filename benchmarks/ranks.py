@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.measure import count_operations, describe_machine, now, peak_memory, table
 from benchmarks.outer_gradient import Problem
-from networks.clip_model import IMAGE_TOWER
+from networks.clip_model import IMAGE
 from utils import ranks
 
 HEAD = ("ranks", "s", "of one's time", "efficiency", "GFLOP a rank", "peak GB a rank", "without θ_t")
@@ -37,7 +37,7 @@ def sizes_of(problem: Problem) -> dict:
     """Numbers that bytes and operations depend on: of the towers' parameters, of features and of pixels of a pair."""
     parameters = {"image": 0, "text": 0}
     for name, value in problem.start.items():
-        parameters["image" if name.startswith(IMAGE_TOWER) else "text"] += value.numel()
+        parameters["image" if problem.loss_fn.towers[name] == IMAGE else "text"] += value.numel()
     width = problem.model.image_encoder.width
     pixels, text = problem.pairs.image_syn[0].numel(), problem.pairs.text_syn[0].numel()
     return {**parameters, "width": width, "pixels": pixels, "text_dim": text}

@@ -7,8 +7,9 @@ from torch import nn
 from data.errors import InputError
 from networks.image_encoder import ImageEncoder
 from networks.lora import Lora, add_lora, base_digest, reset_lora
+from networks.loss import PairLoss
 
-IMAGE_TOWER = ("image_encoder.", "image_projection.")  # beginnings of its parameters' names
+IMAGE, TEXT, LOGIT = "image", "text", "logit"  # what a parameter belongs to, see `CLIPModel.towers`
 BASE_SEED = 0  # of encoders without weights to load; what adapters of several experts share must not vary
 
 
@@ -34,11 +35,12 @@ class ProjectionHead(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Two towers with L2-normalised features.
+    """Two towers with L2-normalised features, and the loss of their pairs.
 
-    The image tower's parameters are named `image_encoder.*` and `image_projection.*`, the text tower's
-    `text_projection.*`; the frozen text encoder is not part of the model, its output is the input `text_embed`.
-    With `bf16` the towers compute in bfloat16 where that is safe; parameters and features keep their type.
+    The image tower is `image_encoder` and `image_projection`, the text tower `text_projection`; the frozen text encoder
+    is not part of the model, its output is the input `text_embed`. What the loss learns, if anything, is `logit_scale`
+    and `logit_bias`. With `bf16` the towers compute in bfloat16 where that is safe; parameters and features keep their
+    type.
     """
 
     def __init__(
@@ -47,12 +49,16 @@ class CLIPModel(nn.Module):
         text_projection: ProjectionHead,
         bf16: bool = False,
         image_projection: ProjectionHead | None = None,
+        pair_loss: PairLoss | None = None,
     ):
         super().__init__()
         self.image_encoder = image_encoder
         self.image_projection = nn.Identity() if image_projection is None else image_projection
         self.text_projection = text_projection
         self.bf16 = bf16
+        self.pair_loss = pair_loss or PairLoss()
+        for name, value in self.pair_loss.logit.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
 
     def embed_images(self, images):
         """The image encoder's output [B, D_enc] for pictures [B, 3, H, W], before the projection."""
@@ -75,6 +81,17 @@ class CLIPModel(nn.Module):
         image_features = None if images is None else self.encode_image(images)
         return image_features, None if text_embed is None else self.encode_text(text_embed)
 
+    def loss(self, image_features, text_features, similarity=None):
+        """The loss of B pairs, a scalar, see `PairLoss`."""
+        logit = {name: getattr(self, name) for name in self.pair_loss.logit}
+        return self.pair_loss(image_features, text_features, similarity, **logit)
+
+    def towers(self) -> dict[str, str]:
+        """To which tower each parameter belongs, by name: `IMAGE`, `TEXT`, or to neither, `LOGIT`."""
+        modules = {IMAGE: (self.image_encoder, self.image_projection), TEXT: (self.text_projection,)}
+        of = {p: tower for tower in modules for module in modules[tower] for p in module.parameters()}
+        return {name: of.get(p, LOGIT) for name, p in self.named_parameters()}
+
 
 def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
     """The parameters that train, by name: what experts store, students move and matching compares."""
@@ -83,9 +100,9 @@ def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
 
 def count_parameters(model: CLIPModel) -> dict[str, int | float]:
     """Numbers of trained and of full (without adapters) parameters, reduction in per cent; both towers, and image."""
-    counts = {}
-    for tower, prefix in (("", ""), ("image_", IMAGE_TOWER)):
-        named = [(name, p) for name, p in model.named_parameters() if name.startswith(prefix)]
+    counts, towers = {}, model.towers()
+    for tower, among in (("", {IMAGE, TEXT, LOGIT}), ("image_", {IMAGE})):
+        named = [(name, p) for name, p in model.named_parameters() if towers[name] in among]
         trained = sum(p.numel() for _, p in named if p.requires_grad)
         full = sum(p.numel() for name, p in named if ".parametrizations.weight.0." not in name)
         counts |= {f"{tower}parameters_trained": trained, f"{tower}parameters_full": full}
@@ -156,8 +173,11 @@ class ModelFactory:
             add_lora(encoder, self.lora)
         return encoder
 
-    def fresh(self, seed: int) -> CLIPModel:
-        """A model in its initial state for `seed`. It shares storage with the model given before."""
+    def fresh(self, seed: int, pair_loss: PairLoss | None = None) -> CLIPModel:
+        """A model in its initial state for `seed`; `pair_loss` as of `CLIPModel`.
+
+        It shares storage with the model given before.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             if self.starts_pretrained:
@@ -168,5 +188,5 @@ class ModelFactory:
             width = self.encoder.width
             of_text = ProjectionHead(self.text_dim, width)
             of_images = ProjectionHead(width, width) if self.image_projection else None
-        model = CLIPModel(self.encoder, of_text, self.bf16, of_images)
+        model = CLIPModel(self.encoder, of_text, self.bf16, of_images, pair_loss)
         return model.to(self.device, memory_format=torch.channels_last).train()

@@ -1,9 +1,52 @@
-"""Contrastive losses, as plain functions."""
+"""Contrastive losses of the features of pairs."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 SHARPNESS = 10  # of the distribution that NCE makes of a row of similarities: e¹⁰ for the own pair, 1 for another
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A contrastive loss of B pairs as a function of their features.
+
+    With logits Z [B, B], the similarities / τ, and soft targets S [B, B] (Xu et al., "Low-Rank Similarity Mining",
+    ICML 2024), row i of image i:
+    InfoNCE: the mean of the image-to-text and text-to-image cross-entropies, as in CLIP. It has no soft targets.
+    NCE: the same cross-entropies against softmax(10 S), of rows one way and of columns the other; LoRS's program
+        calls it KL, but for a constant and a factor B.
+    NCE_LoRS: what that program calls NCE, against S as it is. A learned S can drive it to minus infinity.
+    BCE: binary cross-entropy of σ(Z) with S, the mean of all.
+    WBCE: the same with log(σ + 1e-6), the mean over S > 0.5 and the mean over the rest, averaged.
+
+    Attributes:
+        loss_type: one of `LOSS_TYPES`.
+        temperature: τ.
+    """
+
+    loss_type: str = "InfoNCE"
+    temperature: float = 0.07
+
+    @property
+    def logit(self) -> dict[str, float]:
+        """First values of the parameters that the loss learns, by name; none but those of `LOGIT`."""
+        return LEARNED.get(self.loss_type, {})
+
+    def __call__(self, image_features, text_features, similarity=None, logit_scale=None, logit_bias=None):
+        """The loss, a scalar.
+
+        Args:
+            image_features, text_features: [B, D], L2-normalised; row i of one belongs to row i of the other.
+            similarity: S; the identity if None.
+            logit_scale, logit_bias: what the loss learns, scalars: with them Z = e^scale similarities + bias.
+        """
+        products = similarities(image_features, text_features)
+        logits = products / self.temperature if logit_scale is None else products * logit_scale.exp() + logit_bias
+        if similarity is None:
+            similarity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+        return _LOSSES[self.loss_type](logits, similarity)
 
 
 def similarities(left, right):
@@ -16,40 +59,9 @@ def similarities(left, right):
         products.allow_tf32 = allowed
 
 
-def contrastive_loss(image_features, text_features, temperature: float):
-    """Symmetric cross-entropy over the similarities of matching pairs (InfoNCE, as in CLIP).
-
-    Args:
-        image_features, text_features: [B, D], L2-normalised; row i of one belongs to row i of the other.
-        temperature: τ; logits are similarities / τ.
-
-    Returns:
-        The mean of the image-to-text and text-to-image cross-entropies, a scalar.
-    """
-    logits_per_image = similarities(image_features, text_features) / temperature  # [B, B]
-    target = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
-
-
-def pair_loss(image_features, text_features, temperature: float, loss_type: str = "InfoNCE", similarity=None):
-    """One of `LOSS_TYPES`, all but the first with soft targets (Xu et al., "Low-Rank Similarity Mining", ICML 2024).
-
-    InfoNCE is `contrastive_loss`. With logits Z [B, B] as there and targets S:
-    NCE: the same cross-entropies against softmax(10 S), of rows one way and of columns the other; LoRS's program
-        calls it KL, but for a constant and a factor B.
-    NCE_LoRS: what that program calls NCE, against S as it is. A learned S can drive it to minus infinity.
-    BCE: binary cross-entropy of σ(Z) with S, the mean of all.
-    WBCE: the same with log(σ + 1e-6), the mean over S > 0.5 and the mean over the rest, averaged.
-
-    Args:
-        similarity: S [B, B], row i of image i; the identity if None. InfoNCE has none.
-    """
-    if loss_type == "InfoNCE":
-        return contrastive_loss(image_features, text_features, temperature)
-    logits = similarities(image_features, text_features) / temperature
-    if similarity is None:
-        similarity = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-    return _SOFT_LOSSES[loss_type](logits, similarity)
+def _info_nce(logits, _):
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _nce(logits, similarity):
@@ -77,5 +89,7 @@ def _wbce(logits, similarity):
     return sum(means) / 2
 
 
-_SOFT_LOSSES = {"NCE": _nce, "NCE_LoRS": _nce_lors, "BCE": _bce, "WBCE": _wbce}
-LOSS_TYPES = ("InfoNCE", *_SOFT_LOSSES)
+_LOSSES = {"InfoNCE": _info_nce, "NCE": _nce, "NCE_LoRS": _nce_lors, "BCE": _bce, "WBCE": _wbce}
+LOSS_TYPES = tuple(_LOSSES)
+LOGIT = "logit_scale", "logit_bias"  # names of what a loss may learn
+LEARNED = {}  # first values by loss

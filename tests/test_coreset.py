@@ -14,6 +14,7 @@ import evaluate
 import utils.scoring.features as features_module
 from data.annotations import clean_caption
 from data.errors import InputError
+from networks.clip_model import CLIPModel
 from networks.image_encoder import build_image_encoder
 from utils.files import save_tensors
 from utils.scoring.coresets import (
@@ -221,15 +222,8 @@ def test_matched_is_both_ways_and_by_picture():
 
 
 def test_watch_keeps_the_rows_of_the_batch_in_training():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.image_encoder, self.text_projection = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-
-        def forward(self, images, text_embed):
-            return self.image_encoder(images), self.text_projection(text_embed)
-
-    seen, model = [], Model()
+    seen = []
+    model = CLIPModel(torch.nn.Identity(), torch.nn.Linear(3, 2), image_projection=torch.nn.Linear(3, 2))
     counter = ForgettingCounter(torch.arange(6))
     loader = [(torch.randn(2, 3), torch.tensor(rows)) for rows in ([3, 1], [0, 5], [2, 4])]
     batches = ((images, torch.randn(2, 3)) for images, _ in counter.watch(loader))
@@ -239,7 +233,7 @@ def test_watch_keeps_the_rows_of_the_batch_in_training():
         assert not image_features.requires_grad and image_features.shape == text_features.shape == (2, 2)
         seen.append(counter.rows.tolist())
 
-    train_epoch(model, batches, optimizer, 0.07, on_batch)
+    train_epoch(model, batches, optimizer, on_batch)
     assert seen == [[3, 1], [0, 5], [2, 4]]
 
 

@@ -145,7 +145,7 @@ def test_training_on_pairs_and_its_evaluation_are_those_of_the_cpu():
             )
             model = without_dropout(factory, 3)
         images_there = images.to(device, memory_format=torch.channels_last)
-        loss = train_on_pairs(model, images_there, text_embed.to(device), 0.01, 0.01, 3, 4, 0.07, seed=5)
+        loss = train_on_pairs(model, images_there, text_embed.to(device), 0.01, 0.01, 3, 4, seed=5)
         features = retrieval_features(model, pictures, captions, 4, device)
         recall = evaluate_retrieval(model, test, captions, 4, device)
         found.append((loss, features[0].cpu(), features[1].cpu(), recall))

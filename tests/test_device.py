@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks.loss import LOSS_TYPES, pair_loss
+from networks.loss import LOSS_TYPES, PairLoss
 from utils.device import describe_device
 from utils.scoring.retrieval import recalls
 
@@ -55,7 +55,7 @@ def tf32():
 def test_the_losses_own_products_are_in_full_precision(loss_type, tf32):
     features = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     with Products() as products:
-        pair_loss(features, features.flip(0), 0.07, loss_type)
+        PairLoss(loss_type)(features, features.flip(0))
     assert products.allowed == [False] and torch.backends.cuda.matmul.allow_tf32
 
 

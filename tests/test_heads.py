@@ -12,6 +12,7 @@ from data.pairs import load_images, retrieval_set
 from data.transforms import normalize
 from networks.clip_model import ModelFactory, trained_parameters
 from networks.image_encoder import build_image_encoder
+from networks.loss import PairLoss
 from tests.test_scripts import TENSORS, same_set, stderr_line, table_rows
 from utils.experts import Trajectory
 from utils.scoring import (
@@ -225,10 +226,10 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
     assert not read
     assert once[0].image_embed.shape == (len(records_paths), encoder.width)
     (result,) = evaluate_synset(factory, synset, once, 1, 3, 4, 5, 32, 0.07, seed=30)
-    model = factory.fresh(30)
+    model = factory.fresh(30, PairLoss(synset.loss_type))
     images = fit_images(synset, 32, encoder.mean, encoder.std)
     rates = synset.syn_lr_img, synset.syn_lr_txt
-    loss = train_on_pairs(model, images, synset.text_syn, *rates, 3, 4, 0.07, 30, synset.loss_type, synset.targets)
+    loss = train_on_pairs(model, images, synset.text_syn, *rates, 3, 4, 30, synset.targets)
     assert result["train_loss"] == pytest.approx(loss, rel=1e-4)
     assert result["r_mean"] == pytest.approx(evaluate_retrieval(model, *retrieval, 5, "cpu")["r_mean"])
 

@@ -86,11 +86,12 @@ def test_no_recipe_asks_the_device(freeze, settings, monkeypatch):
     # torch has no gamma distribution for the meta device; what it is asked for before and after is what counts.
     monkeypatch.setattr(torch, "_standard_gamma", lambda concentration: torch.empty_like(concentration))
     monkeypatch.setattr(torch, "_sample_dirichlet", lambda concentration: torch.empty_like(concentration))
-    loss_fn, start, target, pairs, batches, seed = on_meta("test_nfnet", freeze=freeze, image_projection=bool(freeze))
-    settings = dict(settings)
-    parts = initial_similarity(settings.pop("sim_type"), NUM_PAIRS, 2, torch.Generator().manual_seed(0))
+    loss_fn, start, target, pairs, batches, seed = on_meta(
+        "test_nfnet", freeze=freeze, image_projection=bool(freeze), loss_type=settings["loss_type"]
+    )
+    parts = initial_similarity(settings["sim_type"], NUM_PAIRS, 2, torch.Generator().manual_seed(0))
     pairs = Pairs.of([*pairs.tensors(), *(part.to("meta") for part in parts)])
-    loss_fn = StudentLoss(loss_fn.model, 0.07, alpha=3.0, **settings)
+    loss_fn = StudentLoss(loss_fn.model, alpha=3.0, blend_alpha=settings.get("blend_alpha", 0.0))
     with Crossings() as crossings:
         matching_gradient(loss_fn, start, target, pairs, batches, seed, momentum=0.9)
     assert set(crossings.seen) == {INDICES} and len(crossings.seen) <= 2

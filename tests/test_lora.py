@@ -20,6 +20,7 @@ from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
+from networks.loss import PairLoss
 from utils.experts.trajectory import Trajectory, find_trajectories
 from utils.sets import Pairs
 from utils.student import StudentLoss, matching_gradient
@@ -97,7 +98,7 @@ def test_first_step_moves_only_b(name):
             p.data.fill_(0.5)
     images, texts = torch.randn(4, 3, 32, 32), torch.randn(4, 8)
     before = {n: p.detach().clone() for n, p in trained_parameters(model).items()}
-    StudentLoss(model, 0.07)(trained_parameters(model), images, texts).backward()
+    StudentLoss(model)(trained_parameters(model), images, texts).backward()
     for n, p in trained_parameters(model).items():
         moved = (p.detach() - 0.1 * p.grad != before[n]).any()
         assert moved == (not n.endswith(".A")), n
@@ -177,13 +178,14 @@ def test_outer_gradient_is_that_of_the_full_unroll(name):
     torch.manual_seed(0)
     encoder = toy() if name == "toy" else build(name)
     add_lora(encoder, Lora(2, 4.0, "all" if name != "test_vit" else "attn+mlp", "none" if name == "toy" else "norm"))
-    model = CLIPModel(encoder, ProjectionHead(5, encoder.width, dropout=0.0)).double()
+    pair_loss = PairLoss(temperature=0.5)
+    model = CLIPModel(encoder, ProjectionHead(5, encoder.width, dropout=0.0), pair_loss=pair_loss).double()
     start = {n: p.detach().clone() for n, p in trained_parameters(model).items()}
     start = {n: v + 0.1 * torch.randn_like(v) for n, v in start.items()}
     target = {n: v + 0.01 * torch.randn_like(v) for n, v in start.items()}
     values = torch.randn(6, 3, 32, 32), torch.randn(6, 5), torch.tensor(0.02), torch.tensor(0.05)
     batches = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5]), torch.tensor([5, 0, 1, 4])]
-    loss_fn = StudentLoss(model, 0.5)
+    loss_fn = StudentLoss(model)
     pairs = Pairs(*(v.double() for v in values))
     matching = matching_gradient(loss_fn, start, target, pairs, batches, 0)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from networks.clip_model import IMAGE, TEXT
 from networks.lora import Lora
 from tests.unroll import BATCH_SIZE, NAMES, NUM_PAIRS, Problem, check_chunks, relative_error, unroll_gradient
 from utils.sets import Pairs, draw_batches
@@ -279,6 +280,7 @@ def toy_loss(params, images, text_embed):
 
 
 toy_loss.frozen_encoder = None
+toy_loss.towers = {"image_encoder.weight": IMAGE, "text_projection.weight": TEXT}
 
 
 def toy_problem(steps):
@@ -318,7 +320,7 @@ def test_one_step_by_hand():
     def loss_fn(params, images, text_embed):
         return (params["image_encoder.w"] * images.sum() + params["text_projection.w"] * text_embed.sum()).sum()
 
-    loss_fn.frozen_encoder = None
+    loss_fn.frozen_encoder, loss_fn.towers = None, {"image_encoder.w": IMAGE, "text_projection.w": TEXT}
     start = {"image_encoder.w": torch.tensor([1.0]), "text_projection.w": torch.tensor([2.0])}
     target = {"image_encoder.w": torch.tensor([0.0]), "text_projection.w": torch.tensor([4.0])}
     pairs = Pairs(torch.full((1, 3, 1, 1), 1.0), torch.tensor([[2.0]]), torch.tensor(0.1), torch.tensor(0.5))
@@ -339,11 +341,12 @@ def test_matching_loss_by_hand():
     start = dict(zip(names, torch.tensor([[1.0], [2.0], [3.0]]), strict=True))
     target = dict(zip(names, torch.tensor([[2.0], [4.0], [0.0]]), strict=True))
     student = dict(zip(names, torch.tensor([[2.0], [3.0], [9.0]]), strict=True))
-    image_loss, text_loss = matching_loss(student, start, target)
+    towers = dict(zip(names, (IMAGE, IMAGE, TEXT), strict=True))
+    image_loss, text_loss = matching_loss(student, start, target, towers)
     assert image_loss.item() == pytest.approx((0 + 1) / (1 + 4))
     assert text_loss.item() == pytest.approx(81 / 9)
-    assert sum(matching_loss(start, start, target)) == 2  # a student that stays put
-    assert sum(matching_loss(target, start, target)) == 0
+    assert sum(matching_loss(start, start, target, towers)) == 2  # a student that stays put
+    assert sum(matching_loss(target, start, target, towers)) == 0
 
 
 # ---- mini-batches

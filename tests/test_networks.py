@@ -17,7 +17,7 @@ from networks import image_encoder, text_encoder
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
 from networks.derivatives.activations import SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
-from networks.loss import contrastive_loss
+from networks.loss import PairLoss
 from networks.text_encoder import TextEncoder
 
 
@@ -235,7 +235,7 @@ def test_contrastive_loss_by_brute_force():
         own = math.exp(sum(images[i] * texts[i]).item() / 0.07)
         total -= math.log(own / sum(math.exp(sum(images[i] * texts[j]).item() / 0.07) for j in range(5)))
         total -= math.log(own / sum(math.exp(sum(images[j] * texts[i]).item() / 0.07) for j in range(5)))
-    assert contrastive_loss(images, texts, 0.07).item() == pytest.approx(total / 10, rel=1e-12)
+    assert PairLoss()(images, texts).item() == pytest.approx(total / 10, rel=1e-12)
 
 
 # ---- text encoders

@@ -26,8 +26,8 @@ def vit():
 
 
 def soft():
-    problem = Problem("test_nfnet")
-    problem.loss_fn = StudentLoss(problem.model, 0.07, "WBCE", alpha=3.0)
+    problem = Problem("test_nfnet", loss_type="WBCE")
+    problem.loss_fn = StudentLoss(problem.model, alpha=3.0)
     parts = initial_similarity("lowrank", NUM_PAIRS, 2, torch.Generator().manual_seed(4))
     problem.pairs.similarity = tuple(part.double() + 0.1 for part in parts)
     return problem

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import evaluate
-from networks.loss import contrastive_loss, pair_loss
+from networks.loss import PairLoss
 from tests.test_scripts import stderr_line, table_rows
 from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
@@ -56,7 +56,7 @@ def test_wbce_is_the_mean_over_like_pairs_and_over_the_rest(features, soft):
     like = [losses[i][j] for i in range(5) for j in range(5) if s[i][j] > 0.5]
     rest = [losses[i][j] for i in range(5) for j in range(5) if s[i][j] <= 0.5]
     expected = (sum(like) / len(like) + sum(rest) / len(rest)) / 2
-    assert pair_loss(*features, 0.1, "WBCE", soft).item() == pytest.approx(expected, rel=1e-10)
+    assert PairLoss("WBCE", 0.1)(*features, soft).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_bce_is_the_mean_cross_entropy_of_each_entry(features, soft):
@@ -64,7 +64,7 @@ def test_bce_is_the_mean_cross_entropy_of_each_entry(features, soft):
     losses = by_entries(
         features, lambda z, i, j: -s[i][j] * math.log(sigmoid(z)) - (1 - s[i][j]) * math.log(sigmoid(-z))
     )
-    assert pair_loss(*features, 0.1, "BCE", soft).item() == pytest.approx(sum(map(sum, losses)) / 25, rel=1e-10)
+    assert PairLoss("BCE", 0.1)(*features, soft).item() == pytest.approx(sum(map(sum, losses)) / 25, rel=1e-10)
 
 
 def test_nce_is_a_cross_entropy_against_distributions(features, soft):
@@ -77,7 +77,7 @@ def test_nce_is_a_cross_entropy_against_distributions(features, soft):
 
     rows = [cross_entropy(z[i], s[i]) for i in range(5)]
     columns = [cross_entropy([z[i][j] for i in range(5)], [s[i][j] for i in range(5)]) for j in range(5)]
-    assert pair_loss(*features, 0.1, "NCE", soft).item() == pytest.approx((sum(rows) + sum(columns)) / 10, rel=1e-10)
+    assert PairLoss("NCE", 0.1)(*features, soft).item() == pytest.approx((sum(rows) + sum(columns)) / 10, rel=1e-10)
 
 
 def test_nce_of_lors_takes_similarities_as_they_are(features, soft):
@@ -89,10 +89,10 @@ def test_nce_of_lors_takes_similarities_as_they_are(features, soft):
         for j in range(5)
     ]
     expected = -(sum(rows) + sum(columns)) / 10
-    assert pair_loss(*features, 0.1, "NCE_LoRS", soft).item() == pytest.approx(expected, rel=1e-10)
+    assert PairLoss("NCE_LoRS", 0.1)(*features, soft).item() == pytest.approx(expected, rel=1e-10)
     identity = torch.eye(5, dtype=torch.float64)
-    of_identity = pair_loss(*features, 0.1, "NCE_LoRS", identity).item()
-    assert of_identity == pytest.approx(contrastive_loss(*features, 0.1).item(), rel=1e-10)
+    of_identity = PairLoss("NCE_LoRS", 0.1)(*features, identity).item()
+    assert of_identity == pytest.approx(PairLoss(temperature=0.1)(*features).item(), rel=1e-10)
 
 
 def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
@@ -100,27 +100,29 @@ def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
     optimizer = torch.optim.SGD([similarity], lr=10.0)
     for _ in range(100):
         optimizer.zero_grad()
-        loss = pair_loss(*features, 0.1, "NCE", similarity)
+        loss = PairLoss("NCE", 0.1)(*features, similarity)
         loss.backward()
         optimizer.step()
-    assert 0 <= loss.item() < pair_loss(*features, 0.1, "NCE").item()
+    assert 0 <= loss.item() < PairLoss("NCE", 0.1)(*features).item()
 
 
 @pytest.mark.parametrize("loss_type", ["NCE", "NCE_LoRS", "BCE", "WBCE"])
 def test_without_a_similarity_targets_are_the_identity(features, loss_type):
     identity = torch.eye(5, dtype=torch.float64)
-    assert torch.equal(pair_loss(*features, 0.1, loss_type), pair_loss(*features, 0.1, loss_type, identity))
+    assert torch.equal(PairLoss(loss_type, 0.1)(*features), PairLoss(loss_type, 0.1)(*features, identity))
 
 
 def test_nce_of_the_identity_is_nearly_infonce(features):
-    assert pair_loss(*features, 0.1, "NCE").item() == pytest.approx(contrastive_loss(*features, 0.1).item(), rel=1e-2)
+    assert PairLoss("NCE", 0.1)(*features).item() == pytest.approx(
+        PairLoss(temperature=0.1)(*features).item(), rel=1e-2
+    )
 
 
 # ---- the gradient
 
 
-def with_similarity(problem, sim_type, loss_type):
-    problem.loss_fn = StudentLoss(problem.model, 0.07, loss_type, alpha=3.0)
+def with_similarity(problem, sim_type):
+    problem.loss_fn = StudentLoss(problem.model, alpha=3.0)
     parts = initial_similarity(sim_type, NUM_PAIRS, 2, torch.Generator().manual_seed(4))
     problem.pairs.similarity = tuple(part.double() + 0.2 * normal(*part.shape, seed=5) for part in parts)
     return problem
@@ -138,14 +140,14 @@ def with_similarity(problem, sim_type, loss_type):
 )
 def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, momentum, pair_chunk):
     """With dropout and mini-batches; that of S and of its factors too."""
-    problem = with_similarity(Problem("test_nfnet"), sim_type, loss_type)
+    problem = with_similarity(Problem("test_nfnet", loss_type=loss_type), sim_type)
     check_chunks(problem.arguments(3, batch_size=3), pair_chunk, momentum=momentum)
 
 
 def frozen(blend_alpha=0.0):
-    problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True)
+    problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True, loss_type="WBCE")
     problem.model.image_encoder.eval()
-    with_similarity(problem, "lowrank", "WBCE").loss_fn.blend_alpha = blend_alpha
+    with_similarity(problem, "lowrank").loss_fn.blend_alpha = blend_alpha
     return problem
 
 
@@ -190,7 +192,7 @@ def test_gradient_with_blending_equals_the_full_unroll():
             order = torch.randperm(len(images))
             embed = weight * embed + (1 - weight) * embed[order]
             text_embed = weight * text_embed + (1 - weight) * text_embed[order]
-            plain = StudentLoss(problem.model, 0.07, "WBCE")
+            plain = StudentLoss(problem.model)
             return plain.of_features(params, plain.encode_image(params, embed), text_embed, targets)
 
     _, expected = unroll_gradient(Blended(), *arguments[1:])

@@ -12,7 +12,7 @@ from data.errors import InputError
 from data.pairs import RetrievalSet
 from data.transforms import denormalize, normalize
 from networks.clip_model import ModelFactory
-from networks.loss import contrastive_loss
+from networks.loss import PairLoss
 from utils import files
 from utils.matching.learner import PairLearner
 from utils.scoring import training
@@ -124,7 +124,7 @@ def test_train_epoch_takes_sgd_steps_with_each_towers_rate(factory, batch):
     for pictures, texts in batches:  # plain SGD
         leaves = {name: value.requires_grad_() for name, value in params.items()}
         features = torch.func.functional_call(model, leaves, (pictures, texts))
-        loss = contrastive_loss(*features, 0.07)
+        loss = PairLoss()(*features)
         grads = torch.autograd.grad(loss, list(leaves.values()))
         params = {
             name: (value - rates[name.split(".")[0]] * grad).detach()
@@ -133,7 +133,7 @@ def test_train_epoch_takes_sgd_steps_with_each_towers_rate(factory, batch):
         losses.append(loss.item() * len(pictures))
         correct += sum(row.argmax().item() == i for i, row in enumerate(features[0] @ features[1].T))
     optimizer = make_optimizer(model, 0.3, 0.7, momentum=0.0, weight_decay=0.0)
-    mean_loss, accuracy = train_epoch(model, batches, optimizer, 0.07)
+    mean_loss, accuracy = train_epoch(model, batches, optimizer)
     for name, p in model.named_parameters():
         assert torch.allclose(p, params[name], rtol=1e-4, atol=1e-6), name
     assert mean_loss == pytest.approx(sum(losses) / 6, rel=1e-5)
@@ -151,7 +151,7 @@ def test_training_that_goes_astray_is_an_input_error(factory, batch):
     model = factory.fresh(0)
     images, text_embed = batch
     with pytest.raises(InputError, match="lower the learning rates"):
-        train_epoch(model, [(images * float("nan"), text_embed)], make_optimizer(model, 1, 1, 0, 0), 0.07)
+        train_epoch(model, [(images * float("nan"), text_embed)], make_optimizer(model, 1, 1, 0, 0))
 
 
 def record_rates(monkeypatch):
@@ -170,21 +170,21 @@ def record_rates(monkeypatch):
 @pytest.mark.parametrize(("epochs", "high"), [(4, 2), (5, 3), (1, 1)])
 def test_evaluations_rates_fall_after_half_the_epochs(factory, batch, monkeypatch, epochs, high):
     seen = record_rates(monkeypatch)
-    train_on_pairs(factory.fresh(0), *batch, 0.2, 0.4, epochs, 4, 0.07, seed=0)
+    train_on_pairs(factory.fresh(0), *batch, 0.2, 0.4, epochs, 4, seed=0)
     assert torch.allclose(torch.tensor(seen), torch.tensor([[0.2, 0.4]] * high + [[0.02, 0.04]] * (epochs - high)))
 
 
 def test_decay_changes_what_is_trained(factory, batch, monkeypatch):
     step_lr = torch.optim.lr_scheduler.StepLR
-    losses = [train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 4, 4, 0.07, seed=0)]
+    losses = [train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 4, 4, seed=0)]
     monkeypatch.setattr(torch.optim.lr_scheduler, "StepLR", lambda o, step_size, gamma: step_lr(o, 1000))
-    losses.append(train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 4, 4, 0.07, seed=0))
+    losses.append(train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 4, 4, seed=0))
     assert losses[0] != losses[1]
 
 
 def test_training_on_pairs_depends_on_the_seed_alone(factory, batch):
     def train(seed):
-        return train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 3, 4, 0.07, seed)
+        return train_on_pairs(factory.fresh(0), *batch, 0.1, 0.1, 3, 4, seed)
 
     state = torch.get_rng_state()
     first = train(1)
@@ -194,7 +194,7 @@ def test_training_on_pairs_depends_on_the_seed_alone(factory, batch):
 
 
 def test_a_fresh_network_learns_the_pairs(factory, batch):
-    losses = [train_on_pairs(factory.fresh(0), *batch, 0.05, 0.05, epochs, 6, 0.07, 0) for epochs in (1, 30)]
+    losses = [train_on_pairs(factory.fresh(0), *batch, 0.05, 0.05, epochs, 6, 0) for epochs in (1, 30)]
     assert losses[1] < losses[0] / 2
 
 
@@ -225,7 +225,7 @@ def test_evaluation_trains_fresh_models_with_the_sets_rates(factory, batch, monk
     results = evaluate_synset(factory, make_synset(batch), retrieval, 2, 3, 4, 5, SIZE, 0.07, seed=30)
     for k, result in enumerate(results):
         model = factory.fresh(30 + k)
-        loss = train_on_pairs(model, *batch, 0.1, 0.2, 3, 4, 0.07, 30 + k)
+        loss = train_on_pairs(model, *batch, 0.1, 0.2, 3, 4, 30 + k)
         assert result == {**evaluate_retrieval(model, *retrieval, 5, "cpu"), "train_loss": loss}
     assert results[0]["train_loss"] != results[1]["train_loss"]
     seen = record_rates(monkeypatch)
@@ -256,7 +256,7 @@ def test_best_look_is_that_of_the_best_network_so_far(factory, batch, monkeypatc
         recalls = []
         for epoch in (2, 4, 6):
             model = factory.fresh(30 + k)
-            train_on_pairs(model, *batch, 0.1, 0.2, epoch, 4, 0.07, 30 + k)
+            train_on_pairs(model, *batch, 0.1, 0.2, epoch, 4, 30 + k)
             recalls.append(evaluate_retrieval(model, *retrieval, 5, "cpu"))
         assert best == max(recalls, key=lambda recall: recall["r_mean"])
         bests.append(best["r_mean"] > plain["r_mean"])
@@ -273,7 +273,7 @@ def test_looks_go_over_all_phases(factory, batch):
     for seed in range(30, 36):
         (result,) = evaluate_synset(factory, synset, retrieval, *sizes, seed, looks=2)
         model = factory.fresh(seed)
-        train_on_pairs(model, *(part[:3] for part in batch), 0.1, 0.2, 3, 4, 0.07, seed)
+        train_on_pairs(model, *(part[:3] for part in batch), 0.1, 0.2, 3, 4, seed)
         recalls = [evaluate_retrieval(model, *retrieval, 5, "cpu")["r_mean"], result["r_mean"]]
         assert result["best_look_r_mean"] == max(recalls)
 

@@ -8,6 +8,7 @@ import torch
 from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import add_lora
+from networks.loss import PairLoss
 from utils.sets import Pairs, draw_batches
 from utils.student import Segment, StudentLoss, matching_gradient
 from utils.student import loss as student_module
@@ -60,8 +61,8 @@ def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, moment
             for name, value in theta.items()
         }
     total = 0
-    for tower in ("image_", "text_"):
-        names = [name for name in start if name.startswith(tower)]
+    for is_image in (True, False):
+        names = [name for name in start if name.startswith("image_") == is_image]
         if names:
             distance = sum((params[n] - target[n]).pow(2).sum() for n in names)
             total = total + distance / sum((start[n] - target[n]).pow(2).sum() for n in names)
@@ -85,20 +86,31 @@ def relative_error(value, expected):
 class Problem:
     """A student in float64 with everything `matching_gradient` takes; the same numbers on every device."""
 
-    def __init__(self, encoder, dropout=0.1, freeze=None, lora=None, image_projection=False, device="cpu", **kwargs):
+    def __init__(
+        self,
+        encoder,
+        dropout=0.1,
+        freeze=None,
+        lora=None,
+        image_projection=False,
+        device="cpu",
+        loss_type="InfoNCE",
+        **kwargs,
+    ):
         generator = torch.Generator().manual_seed(1)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             image_encoder = build_image_encoder(encoder, 32, pretrained=False, kwargs=kwargs)
             width = image_encoder.width
             of_images = ProjectionHead(width, width, dropout) if image_projection else None
-            self.model = CLIPModel(image_encoder, ProjectionHead(TEXT_DIM, width, dropout), image_projection=of_images)
+            towers = image_encoder, ProjectionHead(TEXT_DIM, width, dropout)
+            self.model = CLIPModel(*towers, image_projection=of_images, pair_loss=PairLoss(loss_type))
             if lora:
                 add_lora(image_encoder, lora)
         if freeze:
             getattr(self.model, freeze).requires_grad_(False)
         self.model.to(device).double().train()
-        self.loss_fn = StudentLoss(self.model, 0.07)
+        self.loss_fn = StudentLoss(self.model)
 
         def normal(shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)

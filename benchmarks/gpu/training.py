@@ -67,7 +67,7 @@ def time_expert(setup: Setup, dataset, augment) -> dict:
 
     def train(batches) -> float:
         started = now(device)
-        train_epoch(model, batches, optimizer, 0.07)
+        train_epoch(model, batches, optimizer)
         return now(device) - started
 
     first = sizes.batches // 4

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from networks.clip_model import IMAGE, TEXT
 from utils import ranks
 from utils.sets import Pairs
 from utils.student import Segment, StudentLoss, matching_loss, mean_matching
 from utils.student.embedded import EmbeddedPictures
-from utils.student.sweep import towers
 
 FIT = "fit"  # in the place of a first rate, see `fit_first_rates`
 RATES = [10 ** (step / 8) for step in range(-40, 9)]  # 1e-5 to 10
@@ -36,7 +36,8 @@ def fit_first_rates(
         names: of the rates to fit, "syn_lr_img" or "syn_lr_txt" or both; the other one keeps its value.
         pair_chunk, student: see `matching_gradient`.
     """
-    staying = sum(sum(matching_loss(s.start, s.start, s.target)) for s in segments).item() / len(segments)
+    still = (sum(matching_loss(s.start, s.start, s.target, loss_fn.towers)) for s in segments)
+    staying = sum(still).item() / len(segments)
     is_embedded = loss_fn.frozen_encoder is not None
     if is_embedded:
         used = torch.cat([batch for segment in segments for batch in segment.batches])
@@ -56,7 +57,8 @@ def fit_first_rates(
 
     rates = raised({}, names)
     if len(names) > 1:
-        for name, tower in zip(("syn_lr_img", "syn_lr_txt"), towers(segments[0].start), strict=True):
-            if tower:  # no rate is too large for a tower that does not train
+        training = {loss_fn.towers[name] for name in segments[0].start}
+        for name, tower in (("syn_lr_img", IMAGE), ("syn_lr_txt", TEXT)):
+            if tower in training:  # no rate is too large for a tower that does not train
                 rates = raised(rates, [name])
     return rates

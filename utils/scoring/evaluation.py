@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from data.errors import InputError
+from networks.loss import PairLoss
 from utils import ranks
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
@@ -60,15 +61,14 @@ def evaluate_synset(
     rates = synset.syn_lr_img, synset.syn_lr_txt
 
     def train_and_look(k: int) -> dict[str, float]:
-        model, seen = factory.fresh(seed + k), []
+        model, seen = factory.fresh(seed + k, PairLoss(synset.loss_type, temperature)), []
 
         def look(epoch):
             if epoch in at_epochs:
                 seen.append(evaluate_retrieval(model, *retrieval, batch_size_test, factory.device))
 
-        length = epochs, batch_size, temperature, seed + k
-        how = synset.loss_type, targets, synset.phases
-        loss = train_on_pairs(model, images, text_embed, *rates, *length, *how, look)
+        length = epochs, batch_size, seed + k
+        loss = train_on_pairs(model, images, text_embed, *rates, *length, targets, synset.phases, look)
         if on_model is not None:
             on_model(model)
         best = max(seen, key=lambda recall: recall["r_mean"]) if looks else {}

@@ -7,8 +7,7 @@ import torch
 
 from data.errors import InputError
 from data.transforms import normalize
-from networks.clip_model import IMAGE_TOWER, trained_parameters
-from networks.loss import pair_loss
+from networks.clip_model import IMAGE, trained_parameters
 from utils.sets import phase_rows
 
 
@@ -21,10 +20,10 @@ class NonFiniteLoss(InputError):
 
 
 def make_optimizer(model, lr_img: float, lr_txt: float, momentum: float, weight_decay: float):
-    """SGD with a rate for each tower; parameters that do not train are left out."""
-    named = trained_parameters(model).items()
+    """SGD with a rate for each tower, and what the loss learns with the text tower; what does not train is left out."""
+    named, towers = trained_parameters(model).items(), model.towers()
     groups = [
-        {"params": [p for name, p in named if name.startswith(IMAGE_TOWER) == in_image_tower], "lr": float(lr)}
+        {"params": [p for name, p in named if (towers[name] == IMAGE) == in_image_tower], "lr": float(lr)}
         for in_image_tower, lr in ((True, lr_img), (False, lr_txt))
     ]
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, weight_decay=weight_decay)
@@ -54,15 +53,12 @@ def train_epoch(
     model,
     batches: Iterable,
     optimizer,
-    temperature: float,
     on_batch: Callable | None = None,
-    loss_type: str = "InfoNCE",
 ) -> tuple[float, float]:
     """One pass over `batches` of (images [B, 3, H, W] normalised, text_embed [B, D_text]).
 
     Args:
         batches: a third element is the soft targets [B, B].
-        loss_type: see `pair_loss`.
         on_batch: called with each batch's (image_features, text_features) [B, D], detached, of before the step.
 
     Returns:
@@ -74,7 +70,7 @@ def train_epoch(
     losses, correct, seen = [], [], 0
     for images, text_embed, *targets in batches:
         image_features, text_features = model(images, text_embed)
-        loss = pair_loss(image_features, text_features, temperature, loss_type, *targets)
+        loss = model.loss(image_features, text_features, *targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -94,7 +90,6 @@ def train_epoch(
 def train_epochs(
     model,
     batches: Callable[[int], Iterable],
-    temperature: float,
     epochs: int,
     lr_img: float,
     lr_txt: float,
@@ -102,7 +97,6 @@ def train_epochs(
     weight_decay: float = 0.0,
     decay: bool = False,
     on_batch: Callable | None = None,
-    loss_type: str = "InfoNCE",
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Trains with SGD, epoch after epoch; yields the epoch's number, from 1, and what `train_epoch` returned.
 
@@ -115,7 +109,7 @@ def train_epochs(
     gamma = 0.1 if decay else 1.0
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=(epochs + 1) // 2, gamma=gamma)
     for epoch in range(1, epochs + 1):
-        result = train_epoch(model, batches(epoch), optimizer, temperature, on_batch, loss_type)
+        result = train_epoch(model, batches(epoch), optimizer, on_batch)
         schedule.step()
         yield epoch, result
 
@@ -128,9 +122,7 @@ def train_on_pairs(
     lr_txt: float,
     epochs: int,
     batch_size: int,
-    temperature: float,
     seed: int,
-    loss_type: str = "InfoNCE",
     targets=None,
     phases: int = 1,
     on_epoch: Callable[[int], None] | None = None,
@@ -142,7 +134,7 @@ def train_on_pairs(
 
     Args:
         images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]. text_embed: [M, D_text].
-        loss_type: see `pair_loss`. targets: its S [M, M]; None for hard targets.
+        targets: S of `PairLoss` [M, M]; None for hard targets.
         on_epoch: called after each epoch with its number, from 1, counted over all phases.
     """
     order = torch.Generator().manual_seed(seed)
@@ -151,13 +143,13 @@ def train_on_pairs(
         indices = rows[torch.randperm(len(rows), generator=order)].to(images.device).split(batch_size)
         return ((images[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
 
-    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True, "loss_type": loss_type}
+    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         losses = []
         for rows in phase_rows(len(images), phases):
             of_phase = functools.partial(batches, rows)
-            for _, (loss, _) in train_epochs(model, of_phase, temperature, epochs, lr_img, lr_txt, **recipe):
+            for _, (loss, _) in train_epochs(model, of_phase, epochs, lr_img, lr_txt, **recipe):
                 losses.append(loss)
                 if on_epoch is not None:
                     on_epoch(len(losses))

@@ -29,7 +29,7 @@ class SynSet:
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
         similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
-        loss_type: what to train with, see `networks.loss.pair_loss`.
+        loss_type: what to train with, see `networks.loss.PairLoss`.
         phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
     """
 

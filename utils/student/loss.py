@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from networks.clip_model import CLIPModel
 from networks.derivatives.written_out import WrittenOut
-from networks.loss import pair_loss
 from utils.sets import similarity_matrix
 
 Parameters = dict[str, Tensor]
@@ -17,22 +17,20 @@ class StudentLoss:
     """The contrastive loss of `model` as a function of the parameters that train, in two parts.
 
     Args:
-        loss_type: see `pair_loss`.
         alpha: α of the low-rank soft targets.
         blend_alpha: a student's step mixes each pair with another one of it: with one λ ~ Beta(α, α) and one
             permutation π, picture embeddings u and text embeddings become λ u_i + (1 − λ) u_π(i) before the heads
             (Zhang et al., "RepBlend", NeurIPS 2025). For a frozen encoder; 0 for none.
 
     Attributes:
+        towers: of the parameters by name, see `CLIPModel.towers`.
         frozen_encoder: pictures [B, 3, H, W] -> [B, D_enc], the part before all that trains; None if it trains too.
             What it gives may then stand in the place of pictures everywhere here.
     """
 
-    def __init__(
-        self, model, temperature: float, loss_type: str = "InfoNCE", alpha: float = 1.0, blend_alpha: float = 0.0
-    ):
-        self.model, self.temperature, self.loss_type, self.alpha = model, temperature, loss_type, alpha
-        self.blend_alpha = blend_alpha
+    def __init__(self, model: CLIPModel, alpha: float = 1.0, blend_alpha: float = 0.0):
+        self.model, self.alpha, self.blend_alpha = model, alpha, blend_alpha
+        self.towers = model.towers()
         trains = any(p.requires_grad for p in model.image_encoder.parameters())
         self.frozen_encoder = None if trains else model.embed_images
         self.image_draws = None
@@ -60,7 +58,8 @@ class StudentLoss:
     ) -> Tensor:
         """The loss, a scalar, of image features [B, D], text embeddings [B, D_text] and soft targets [B, B]."""
         text_features = functional_call(self.model, params, (None, text_embed))[1]
-        return pair_loss(image_features, text_features, self.temperature, self.loss_type, targets)
+        logit = {name: params[name] for name in self.model.pair_loss.logit}
+        return self.model.pair_loss(image_features, text_features, targets, **logit)
 
     def __call__(self, params: Parameters, images: Tensor, text_embed: Tensor, targets: Tensor | None = None) -> Tensor:
         if self.blend_alpha:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from networks.clip_model import IMAGE_TOWER
+from networks.clip_model import IMAGE
 from utils.sets import Pairs, rows_on
 from utils.student.loss import Parameters
 
@@ -33,7 +33,7 @@ class WholeSteps:
     ):
         self.loss_fn, self.pairs, self.seed, self.adjoint_decay = loss_fn, pairs, seed, adjoint_decay
         self.batches = rows_on(pairs.image_syn.device, batches)
-        self.is_image = [name.startswith(IMAGE_TOWER) for name in names]
+        self.is_image = [loss_fn.towers[name] == IMAGE for name in names]
         self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
         self.grads = Pairs.of(torch.zeros_like(tensor) for tensor in pairs.tensors())
         self.kept = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.clip_model import IMAGE_TOWER
+from networks.clip_model import IMAGE
 from utils.sets import Pairs
 from utils.student.loss import Parameters
 from utils.student.steps import WholeSteps
@@ -35,13 +35,19 @@ class Matching:
     gradient: Pairs
 
 
-def matching_loss(student: Parameters, start: Parameters, target: Parameters) -> tuple[Tensor, Tensor]:
+def matching_loss(
+    student: Parameters, start: Parameters, target: Parameters, towers: dict[str, str]
+) -> tuple[Tensor, Tensor]:
     """‖θ̂ − θ*_target‖² / ‖θ*_start − θ*_target‖², of the image tower and of the text tower.
 
     A tower without parameters, or one that the expert did not move, counts 0.
+
+    Args:
+        towers: of the parameters by name, see `CLIPModel.towers`; what the loss learns counts with the text tower.
     """
     losses = []
-    for names in towers(student):
+    for is_image in (True, False):
+        names = [name for name in student if (towers[name] == IMAGE) == is_image]
         if not names:
             losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(student.values())).device))
             continue
@@ -66,7 +72,7 @@ def match(steps: WholeSteps, start: Parameters, target: Parameters, momentum: fl
     sweep = _Sweep(steps, start, momentum)
     with torch.random.fork_rng():
         student_losses, final = sweep.forth()
-        image_loss, text_loss, adjoint = _end_of_unroll(final, start, target)
+        image_loss, text_loss, adjoint = _end_of_unroll(final, start, target, steps.loss_fn.towers)
         del final
         gradient = sweep.back(adjoint)
     return Matching(image_loss + text_loss, image_loss, text_loss, student_losses, gradient)
@@ -124,19 +130,13 @@ class _Sweep:
         return carried
 
 
-def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters):
+def _end_of_unroll(final: Parameters, start: Parameters, target: Parameters, towers: dict[str, str]):
     """The two terms of L and λ_T."""
     with torch.enable_grad():
-        image_loss, text_loss = matching_loss(final, start, target)
+        image_loss, text_loss = matching_loss(final, start, target, towers)
         loss = image_loss + text_loss
     adjoint = torch.autograd.grad(loss, list(final.values()), allow_unused=True, materialize_grads=True)
     return image_loss.detach(), text_loss.detach(), adjoint
-
-
-def towers(params: Parameters) -> tuple[list[str], list[str]]:
-    """The names of the image tower's parameters, and of the text tower's."""
-    image = [name for name in params if name.startswith(IMAGE_TOWER)]
-    return image, [name for name in params if name not in set(image)]
 
 
 def _leaves(params: Parameters) -> Parameters:
