@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from networks.clip_model import trained_parameters
-from networks.loss import PairLoss
+from networks.loss import LOSS_TYPES, PairLoss
 from utils import cli, ranks
 from utils.device import describe_device
 from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
@@ -38,13 +38,13 @@ from utils.setup import (
 RECIPE = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
-    *("cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
+    *("loss_type", "cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
     *("lora_rank", "lora_alpha", "lora_layers", "lora_train", "only_has_image_projection", "aug_views"),
     "split_seed",
 )
 
 # Settings that older experts lack, and what they were trained with.
-ADDED = {"only_has_image_projection": False, "aug_views": 0, "split_seed": 0}
+ADDED = {"loss_type": "InfoNCE", "only_has_image_projection": False, "aug_views": 0, "split_seed": 0}
 
 
 def parse_args(argv=None):
@@ -68,6 +68,7 @@ def parse_args(argv=None):
     )
     add("--lr_teacher_img", type=cli.rate, default=0.1, help="learning rate of the image encoder")
     add("--lr_teacher_txt", type=cli.rate, default=0.1, help="learning rate of the text projection")
+    add("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="contrastive loss")
     add("--batch_size_train", type=cli.count, default=128, help="pairs per batch")
     add("--mom", type=cli.number(float, least=0, below=1), default=0.0, help="SGD momentum")
     add("--l2", type=cli.rate, default=0.0, help="weight decay")
@@ -126,7 +127,7 @@ def main(argv=None):
     def train(n: int, on_epoch) -> tuple:
         seed = args.seed + n
         torch.manual_seed(seed)
-        model = factory.fresh(seed, PairLoss(temperature=args.temperature))
+        model = factory.fresh(seed, PairLoss(args.loss_type, args.temperature))
         snapshots, recalls = train_expert(model, loader_of(seed), text_embed, augment, validation, n, args, on_epoch)
         return list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
 
