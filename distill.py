@@ -19,7 +19,7 @@ from networks.clip_model import trained_parameters
 from networks.loss import PairLoss
 from utils import cli, ranks
 from utils.device import describe_device
-from utils.experts import Shortcut, check_epochs, find_trajectories, stored_lora
+from utils.experts import Shortcut, check_epochs, check_loss, find_trajectories, stored_lora
 from utils.log import open_log
 from utils.matching import (
     FIT,
@@ -129,6 +129,7 @@ class Distillation:
         start = trained_parameters(model)
         experts = find_trajectories(args.buffer_path, settings, start, args.max_files, args.max_experts)
         check_epochs(experts, args.max_start_epoch, args.expert_epochs, args.phases, args.shortcut)
+        check_loss(experts, args.loss_type)
         ways = [Shortcut(expert, args.shortcut) for expert in experts] if args.shortcut else experts
 
         # The real pairs, and the synthetic ones.

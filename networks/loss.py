@@ -1,5 +1,6 @@
 """Contrastive losses of the features of pairs."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ class PairLoss:
     NCE_LoRS: what that program calls NCE, against S as it is. A learned S can drive it to minus infinity.
     BCE: binary cross-entropy of σ(Z) with S, the mean of all.
     WBCE: the same with log(σ + 1e-6), the mean over S > 0.5 and the mean over the rest, averaged.
+    SigLIP: binary cross-entropy of σ(Z) with S, the sum over a row, the mean over rows; Z has a scale and a bias that
+        are learned, and no τ (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, algorithm 1).
 
     Attributes:
         loss_type: one of `LOSS_TYPES`.
@@ -81,6 +84,10 @@ def _bce(logits, similarity):
     return (F.softplus(logits) - similarity * logits).mean()
 
 
+def _siglip(logits, similarity):
+    return (F.softplus(logits) - similarity * logits).sum(dim=1).mean()
+
+
 def _wbce(logits, similarity):
     probability = torch.sigmoid(logits)
     losses = -similarity * torch.log(probability + 1e-6) - (1 - similarity) * torch.log(1 - probability + 1e-6)
@@ -89,7 +96,7 @@ def _wbce(logits, similarity):
     return sum(means) / 2
 
 
-_LOSSES = {"InfoNCE": _info_nce, "NCE": _nce, "NCE_LoRS": _nce_lors, "BCE": _bce, "WBCE": _wbce}
+_LOSSES = {"InfoNCE": _info_nce, "NCE": _nce, "NCE_LoRS": _nce_lors, "BCE": _bce, "WBCE": _wbce, "SigLIP": _siglip}
 LOSS_TYPES = tuple(_LOSSES)
 LOGIT = "logit_scale", "logit_bias"  # names of what a loss may learn
-LEARNED = {}  # first values by loss
+LEARNED = {"SigLIP": {"logit_scale": math.log(10), "logit_bias": -10.0}}  # first values, those of the paper

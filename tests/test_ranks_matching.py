@@ -50,6 +50,8 @@ CASES = {
         "random image tower, a chunk a pair": lambda: (vit(), 2, 3, 1, {"momentum": 0.9}),
         "adapters": lambda: (nfnet(**ADAPTERS), 2, NUM_PAIRS, None),
         "soft targets": lambda: (soft(), 2, 3, None),
+        "learned scale and bias": lambda: (nfnet(loss_type="SigLIP"), 2, 3, None, {"momentum": 0.9}),
+        "learned scale and bias, in chunks": lambda: (nfnet(loss_type="SigLIP"), 2, NUM_PAIRS, 1),
         "frozen text tower": lambda: (nfnet(freeze="text_projection"), 2, 3, None),
         "frozen encoder": lambda: (heads(), 3, NUM_PAIRS, None, {"momentum": 0.9}),
         "frozen encoder in chunks": lambda: (heads(), 2, 3, 1),

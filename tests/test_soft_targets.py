@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import evaluate
+from networks.clip_model import LOGIT
 from networks.loss import PairLoss
 from tests.test_scripts import stderr_line, table_rows
 from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
 from utils.matching import PairLearner
 from utils.matching.draws import Draws
+from utils.scoring.training import make_optimizer
 from utils.sets import Pairs, draw_batches, initial_similarity, load_synset, similarity_matrix
 from utils.student import StudentLoss, matching_gradient
 from utils.student.loss import blend
@@ -95,6 +97,28 @@ def test_nce_of_lors_takes_similarities_as_they_are(features, soft):
     assert of_identity == pytest.approx(PairLoss(temperature=0.1)(*features).item(), rel=1e-10)
 
 
+def test_siglip_is_the_loss_of_its_paper(features):
+    """-log σ(label (scale x·y + bias)), all pairs, by the batch; label 1 for a pair of its own, -1 for another."""
+    products, scale, bias = (features[0] @ features[1].T).tolist(), 7.0, -3.0
+    losses = [
+        -math.log(sigmoid((1 if i == j else -1) * (scale * product + bias)))
+        for i, row in enumerate(products)
+        for j, product in enumerate(row)
+    ]
+    learned = torch.tensor(math.log(scale)), torch.tensor(bias)
+    assert PairLoss("SigLIP")(*features, None, *learned).item() == pytest.approx(sum(losses) / 5, rel=1e-6)
+
+
+def test_a_model_of_siglip_starts_at_the_scale_and_bias_of_its_paper(features):
+    model = Problem("test_nfnet", loss_type="SigLIP").model
+    expected = PairLoss("SigLIP")(*features, None, torch.tensor(10.0, dtype=torch.float64).log(), torch.tensor(-10.0))
+    assert model.loss(*features).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert [name for name, tower in model.towers().items() if tower == LOGIT] == ["logit_scale", "logit_bias"]
+    rates = {group["lr"]: group["params"] for group in make_optimizer(model, 1.0, 2.0, 0, 0).param_groups}
+    assert all(any(p is learned for p in rates[2.0]) for learned in (model.logit_scale, model.logit_bias))
+    assert "logit_scale" not in dict(Problem("test_nfnet").model.named_parameters())
+
+
 def test_a_learned_similarity_cannot_drive_nce_below_zero(features):
     similarity = torch.eye(5, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.SGD([similarity], lr=10.0)
@@ -142,6 +166,13 @@ def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, mo
     """With dropout and mini-batches; that of S and of its factors too."""
     problem = with_similarity(Problem("test_nfnet", loss_type=loss_type), sim_type)
     check_chunks(problem.arguments(3, batch_size=3), pair_chunk, momentum=momentum)
+
+
+@pytest.mark.parametrize(("pair_chunk", "sim_type"), [(None, "none"), (2, "none"), (2, "lowrank")])
+def test_gradient_with_a_learned_scale_and_bias_equals_the_full_unroll(pair_chunk, sim_type):
+    problem = with_similarity(Problem("test_nfnet", loss_type="SigLIP"), sim_type)
+    assert {"logit_scale", "logit_bias"} < problem.start.keys()
+    check_chunks(problem.arguments(3), pair_chunk, momentum=0.9)
 
 
 def frozen(blend_alpha=0.0):
@@ -422,3 +453,25 @@ def test_recipes_of_later_papers(recipe):
     assert args.loss_type == "WBCE" and args.num_queries == 99 and args.mini_batch_size == 20
     assert args.image_trainable == (recipe == "lors")
     assert args.sim_type == ("full" if recipe == "ptmst" else "lowrank")
+
+
+# ---- a loss that learns, from experts to evaluation
+
+
+def test_siglip_from_experts_to_evaluation(run_buffer, run_distill, experts, tmp_path, capsys):
+    siglip = "--loss_type", "SigLIP"
+    buffers, run = tmp_path / "B", tmp_path / "run"
+    assert run_buffer(buffers, *siglip) == 0
+    (path,) = buffers.glob("**/expert_000.safetensors")
+    first, last = (Trajectory(path).snapshot(epoch) for epoch in (0, 1))
+    assert first["logit_bias"] == -10 != last["logit_bias"] and first["logit_scale"] != last["logit_scale"]
+    assert run_distill(run, "--Iteration", 2, "--buffer_path", buffers, *siglip, "--report") == 0
+    capsys.readouterr()
+    assert evaluate.main(["--synset", str(run / "best.safetensors"), "--all_data", str(buffers)]) == 0
+    assert [row[0] for row in table_rows(capsys.readouterr().out)][-1].startswith("all data")
+
+    for stored, folder, asked in (("SigLIP", buffers, "WBCE"), ("InfoNCE", experts, "SigLIP")):
+        line = stderr_line(capsys, run_distill, tmp_path / "x", "--buffer_path", folder, "--loss_type", asked)
+        assert "SigLIP learns a scale and a bias" in line and f"give --loss_type {stored}, or" in line
+    assert "loss_type=SigLIP" in stderr_line(capsys, run_buffer, buffers, "--loss_type", "InfoNCE")
+    assert not (tmp_path / "x").exists()

@@ -8,6 +8,7 @@ from utils.experts.trajectory import (
     Trajectory,
     buffer_folder,
     check_epochs,
+    check_loss,
     expert_path,
     find_trajectories,
     save_trajectory,

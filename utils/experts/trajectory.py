@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
+from networks.loss import LEARNED, LOGIT
 from utils.experts.snapshots import open_start, pack_snapshots, save_start, unpack
 from utils.files import open_tensors, save_tensors
 
@@ -164,7 +165,8 @@ def find_trajectories(
     Args:
         buffer_path: the folder given to buffer.py, or the one the files lie in.
         settings: of this run; an expert made with other encoders, sizes, adapters or `lora_base` is refused.
-        parameters: the trained parameters of the model that will follow, image tower first.
+        parameters: the trained parameters of the model that will follow, image tower first; for those of the loss see
+            `check_loss`.
         max_files: read at most so many files.
         max_experts: read at most so many experts of each file (the released layout packs several).
 
@@ -175,7 +177,7 @@ def find_trajectories(
     for folder in folders:
         found = [Trajectory(path) for path in sorted(folder.glob("expert_*.safetensors"))[:max_files]]
         if not found:
-            found = _read_released(folder, list(parameters), max_files, max_experts)
+            found = _read_released(folder, [n for n in parameters if n not in LOGIT], max_files, max_experts)
         if found:
             for trajectory in found:
                 _check_fit(trajectory, settings, parameters)
@@ -207,6 +209,19 @@ def check_epochs(
             raise InputError(
                 f"{expert.path} lacks the snapshots of epochs {missing} that --max_start_epoch {max_start_epoch} with "
                 f"{flags} reads (it has {kept}); lower one of them, or train experts with --keep_epochs {max(needed)}"
+            )
+
+
+def check_loss(experts, loss_type: str) -> None:
+    """Raises InputError if a student of `loss_type` learns a scale and a bias and an expert did not, or reversed."""
+    for expert in experts:
+        trained_with = expert.settings.get("loss_type", "InfoNCE")
+        if LEARNED.get(trained_with) != LEARNED.get(loss_type):
+            learns, not_so = (trained_with, loss_type) if trained_with in LEARNED else (loss_type, trained_with)
+            raise InputError(
+                f"expert {expert.path} was trained with --loss_type {trained_with}, this run has --loss_type "
+                f"{loss_type}, but {learns} learns a scale and a bias and {not_so} does not; give --loss_type "
+                f"{trained_with}, or train experts with buffer.py --loss_type {loss_type} in another --buffer_path"
             )
 
 
@@ -270,8 +285,10 @@ def _check_fit(trajectory, settings: dict, parameters: dict[str, torch.Tensor]) 
                 "give the same value or another --buffer_path"
             )
     _check_lora(trajectory, settings)
-    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    stored = trajectory.shapes() if trajectory.names() == set(shapes) else {}
+    shapes = {name: tuple(value.shape) for name, value in parameters.items() if name not in LOGIT}
+    stored = {}
+    if trajectory.names() - set(LOGIT) == set(shapes):
+        stored = {name: shape for name, shape in trajectory.shapes().items() if name not in LOGIT}
     if stored != shapes:
         raise InputError(
             f"expert {trajectory.path} holds other parameters than this run's model trains "
