@@ -18,8 +18,7 @@ UNUSED_FLAGS = (
     *("force_save", "grounding", "ipc", "k_test", "load_all", "load_npy", "margin", "max_violation", "measure"),
     *("n_basis", "optimize", "recursive", "save_interval", "text_trainable", "texture", "transfer", "zca"),
 )
-# Flags of some scripts that the others accept without effect: commands written for the released scripts, and flags that
-# a user gives to every script, go on working.
+# Flags of some scripts that the others accept without effect, so that one set of flags can be given to all of them.
 FLAGS_OF_OTHERS = "batch_size_train", "batch_train", "num_workers"
 
 
