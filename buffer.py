@@ -49,49 +49,41 @@ ADDED = {"loss_type": "InfoNCE", "only_has_image_projection": False, "aug_views"
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="buffer.py", description=__doc__)
-    add = parser.add_argument
-    add("--buffer_path", default="./buffers", help="folder that trajectories are written under")
-    add("--num_experts", type=cli.count, default=20, help="experts in the buffer; those already there are kept")
-    add("--train_epochs", type=cli.count, default=10, help="epochs per expert")
-    add(
-        "--keep_epochs",
-        type=cli.count,
-        metavar="N",
-        help="store only snapshots 0 to N and the last; matching reads "
-        "up to --max_start_epoch - 1 + --expert_epochs (2 by default); all if not given",
-    )
-    add(
-        "--snapshot_type",
-        choices=SNAPSHOT_TYPES,
-        default="fp16",
-        help="later snapshots as fp16 differences to the first, or whole in fp32",
-    )
-    add("--lr_teacher_img", type=cli.rate, default=0.1, help="learning rate of the image encoder")
-    add("--lr_teacher_txt", type=cli.rate, default=0.1, help="learning rate of the text projection")
-    add("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="contrastive loss")
-    add("--batch_size_train", type=cli.count, default=128, help="pairs per batch")
-    add("--mom", type=cli.number(float, least=0, below=1), default=0.0, help="SGD momentum")
-    add("--l2", type=cli.rate, default=0.0, help="weight decay")
-    parser.add_bool("decay", False, "multiply the learning rates by 0.1 after half the epochs")
-    parser.add_bool("no_aug", False, "train without crops, flips and RandAugment")
-    add(
-        "--aug_views",
-        type=cli.number(int, least=0),
-        default=0,
-        metavar="N",
-        help="with a frozen image encoder, train on the features of so many augmented views of each picture, cached; "
-        "0 for those of the test transform",
-    )
-    parser.add_bool(
+    cli.add_recipe_flag(parser)
+    cli.add_data_flags(parser)
+    parser.section("data").add_bool(
         "cache_images",
         False,
         "decode the training pictures once into a file in --cache_dir (3 bytes a pixel); unlike without it, random "
         "crops are of the picture squashed to a square of 8/7 --image_size",
     )
-    cli.add_recipe_flag(parser)
-    cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
+    experts = parser.section("experts").add_argument
+    experts("--num_experts", type=cli.count, default=20, help="experts in the buffer; those already there are kept")
+    cli.add_expert_flags(parser)
+    experts("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="of the experts; SigLIP learns a scale and a bias")
+    experts(
+        "--aug_views",
+        type=cli.number(int, least=0),
+        default=0,
+        help="with a frozen image encoder, train on the features of so many augmented views of each picture, cached; "
+        "0 for those of the test transform",
+    )
+    output = parser.section("output").add_argument
+    output("--buffer_path", default="./buffers", help="folder that trajectories are written under")
+    output(
+        "--keep_epochs",
+        type=cli.count,
+        help="store only snapshots 0 to N and the last; matching reads "
+        "up to --max_start_epoch - 1 + --expert_epochs (2 by default); all if not given",
+    )
+    output(
+        "--snapshot_type",
+        choices=SNAPSHOT_TYPES,
+        default="fp16",
+        help="later snapshots as fp16 differences to the first, or whole in fp32",
+    )
     cli.add_log_flags(parser)
     return parser.parse(argv)
 

@@ -47,30 +47,25 @@ METHODS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="coreset.py", description=__doc__)
-    add = parser.add_argument
-    add("--method", choices=METHODS, required=True, help="how pairs are chosen")
-    add("--num_queries", type=cli.count, default=100, help="number of pairs")
-    add("--save_dir", default="./runs/coreset", help="folder of the set, METHOD_NUMBER.safetensors, and its pictures")
-    add("--output", help="the set's file instead of one in --save_dir; it ends in .safetensors")
-    add(
+    cli.add_recipe_flag(parser)
+    cli.add_data_flags(parser)
+    cli.add_network_flags(parser)
+    cli.add_run_flags(parser)
+    pairs = parser.section("pairs").add_argument
+    pairs("--method", choices=METHODS, required=True, help="how pairs are chosen")
+    pairs("--num_queries", type=cli.count, default=100, help="number of pairs")
+    pairs(
         "--features",
         choices=("image", "text", "joint"),
         default="joint",
         help="what herding, kcenter and kmeans compare: the pretrained encoders' L2-normalised features, joint is both",
     )
-    add("--lr_teacher_img", type=cli.positive, default=0.1, help="rate of the image tower, for the expert and the set")
-    add("--lr_teacher_txt", type=cli.positive, default=0.1, help="rate of the text tower, for the expert and the set")
-    add("--train_epochs", type=cli.count, default=10, help="epochs of the expert whose forgetting is counted")
-    add("--batch_size_train", type=cli.count, default=128, help="pairs per batch of that expert")
-    add("--mom", type=cli.number(float, least=0, below=1), default=0.0, help="SGD momentum of that expert")
-    add("--l2", type=cli.rate, default=0.0, help="weight decay of that expert")
-    parser.add_bool("decay", False, "multiply that expert's learning rates by 0.1 after half the epochs")
-    parser.add_bool("no_aug", False, "train that expert without crops, flips and RandAugment")
-    parser.add_bool("draw", True, "save a picture grid with captions beside the set")
-    cli.add_recipe_flag(parser)
-    cli.add_data_flags(parser)
-    cli.add_network_flags(parser)
-    cli.add_run_flags(parser)
+    cli.add_expert_flags(parser, for_set=True)
+    output = parser.section("output")
+    add = output.add_argument
+    add("--save_dir", default="./runs/coreset", help="folder of the set, METHOD_NUMBER.safetensors, and its pictures")
+    add("--output", help="the set's file instead of one in --save_dir; it ends in .safetensors")
+    output.add_bool("draw", True, "save a picture grid with captions beside the set")
     parser.set_defaults(cache_images=False, aug_views=0)
     return parser.parse(argv)
 

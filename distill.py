@@ -75,12 +75,12 @@ ADDED = {
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="distill.py", description=__doc__)
-    cli.add_distillation_flags(parser)
     cli.add_recipe_flag(parser)
-    cli.add_evaluation_flags(parser)
     cli.add_data_flags(parser)
     cli.add_network_flags(parser)
     cli.add_run_flags(parser)
+    cli.add_distillation_flags(parser)
+    cli.add_evaluation_flags(parser)
     cli.add_log_flags(parser)
     return parser.parse(argv, defaults=lambda args: stored_lora(args.buffer_path, vars(args)))
 

@@ -66,55 +66,59 @@ OF_TABLE = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
 
 def parse_args(argv=None):
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
-    add = parser.add_argument
-    add(
+    cli.add_data_flags(parser)
+    cli.add_network_flags(parser, several=True)
+    cli.add_run_flags(parser)
+    pairs = parser.section("pairs").add_argument
+    pairs(
         "--synset",
         nargs="+",
         required=True,
+        metavar="FILE",
         help="files that distill.py or coreset.py saved, or distilled_N.pt of LoRS, RepBlend or PTM-ST",
     )
-    add("--all_data", metavar="BUFFER_PATH", help="add a row for training on all pairs: its experts' last snapshots")
-    add("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
-    add("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
-    add("--loss_type", choices=LOSS_TYPES, help="loss to train with instead of the set's own")
-    parser.add_bool(
-        "tune_rates",
-        False,
-        "choose rates on validation for each set and encoder, from the same candidates for every set: the own rates of "
-        "all (learned, if distilled) and each pair of the two grids, one network each; a grid whose edge is best is "
-        "extended once, for all sets",
-    )
-    add("--grid_img", nargs="+", type=cli.positive, default=[0.01, 0.1], help="image rates that --tune_rates tries")
-    add("--grid_txt", nargs="+", type=cli.positive, default=[0.01, 0.1], help="text rates that --tune_rates tries")
-    add(
-        "--looks",
-        type=cli.number(int, least=0),
-        default=0,
-        metavar="N",
-        help="also report the best of N looks at the test split while a network trains, which is how several published "
-        "numbers were counted; a column of its own beside that of the last epoch",
-    )
-    add(
+    pairs("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
+    pairs("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
+    pairs("--loss_type", choices=LOSS_TYPES, help="loss to train with instead of the set's own")
+    pairs(
         "--texts",
         choices=("learned", "nearest"),
         default="learned",
         help="train on the texts as they are in the set, or on the real captions nearest to them, embedded anew: so a "
         "set can be tried with another --text_encoder",
     )
+    cli.add_evaluation_flags(parser)
+    evaluation = parser.section("evaluation")
+    add = evaluation.add_argument
+    add("--all_data", metavar="BUFFER_PATH", help="add a row for training on all pairs: its experts' last snapshots")
+    evaluation.add_bool(
+        "tune_rates",
+        False,
+        "choose rates on validation for each set and encoder, from the same candidates for every set: the own rates of "
+        "all (learned, if distilled) and each pair of the two grids, one network each; a grid whose edge is best is "
+        "extended once, for all sets",
+    )
+    grid = {"nargs": "+", "type": cli.positive, "default": [0.01, 0.1]}
+    add("--grid_img", **grid, help="image rates that --tune_rates tries")
+    add("--grid_txt", **grid, help="text rates that --tune_rates tries")
     add(
+        "--looks",
+        type=cli.number(int, least=0),
+        default=0,
+        help="also report the best of N looks at the test split while a network trains, which is how several published "
+        "numbers were counted; a column of its own beside that of the last epoch",
+    )
+    output = parser.section("output").add_argument
+    output("--markdown", metavar="FILE", help="write the table to this file")
+    output("--json", metavar="FILE", help="write the numbers to this file")
+    output("--report", metavar="FILE", help="write a page with the table, the pairs and the curves of their run: HTML")
+    output(
         "--export",
         metavar="FOLDER",
         help="write the sets' pictures (PNG), captions, embeddings and rates to this new folder instead of training on "
         "them; a sub-folder for each of several sets",
     )
-    add("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
-    add("--markdown", metavar="FILE", help="write the table to this file")
-    add("--json", metavar="FILE", help="write the numbers to this file")
-    add("--report", metavar="FILE", help="write a page with the table, the pairs and the curves of their run: HTML")
-    cli.add_evaluation_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_network_flags(parser, several=True)
-    cli.add_run_flags(parser)
+    output("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
     usual = {key: parser.get_default(key) for key in PROTOCOL}
     parser.set_defaults(image_encoder=None, **dict.fromkeys([*OF_ENCODER, *PROTOCOL]))
     return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})

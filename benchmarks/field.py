@@ -20,12 +20,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from utils.cli import recipes
 from utils.files import save_text
 from utils.scoring import recall_table
 from utils.scoring.retrieval import RECALLS
 
-RECIPES = ("wu2024", "lors", "repblend", "ptmst", "adam", "heads")
-WITH_SIMILARITY = ("lors", "repblend", "ptmst", "heads")  # S takes the place of one pair
+RECIPES = tuple(name for name in recipes.RECIPES if name != "demo")  # whose lengths are those of one short run
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace
 PROTOCOL = {"epoch_eval_train": 100, "batch_train": 128}  # of the networks of every cell, while it runs and at last
@@ -147,7 +147,8 @@ def iterations_for(cell: dict, args, folder: Path) -> int:
 def flags(cell: dict, args) -> list:
     """Of distill.py; what is given for all cells goes before a recipe."""
     recipe, pairs = cell["recipe"], cell["pairs"]
-    own = {"num_queries": pairs - 1 if recipe in WITH_SIMILARITY else pairs, "seed": cell["seed"]}
+    learns_similarity = "sim_type" in recipes.RECIPES[recipe].get("distill.py", {})  # it takes the place of one pair
+    own = {"num_queries": pairs - 1 if learns_similarity else pairs, "seed": cell["seed"]}
     own |= {"adjoint_decay": GRADIENTS[cell["gradient"]], **PROTOCOL, **OF_SIZE.get(recipe, {}).get(pairs, {})}
     named = itertools.chain.from_iterable((f"--{name}", value) for name, value in own.items())
     return ["--recipe", recipe, *named, *args.shared, "--disabled_wandb", "--no_draw", "--no_report"]

@@ -1,4 +1,4 @@
-"""Command lines: booleans, flags kept for compatibility, recipes, types of values."""
+"""Command lines: titles of --help, booleans, flags kept for compatibility, recipes, types of values."""
 
 import argparse
 import ast
@@ -10,40 +10,61 @@ from utils import ranks
 from utils.cli.recipes import OUTER_RATES, RECIPES, recipe_defaults
 from utils.matching import FIT
 
+# The groups of flags in --help, in their order; a script shows those that it has.
+TITLES = "data", "encoders", "recipe", "pairs", "experts", "student", "outer loop", "evaluation", "output", "machine"
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (
-    *("basis", "batch_size_train", "batch_train", "canvas_samples", "canvas_size", "data_path", "distill", "dsa"),
-    *("dsa_strategy", "eval_mode", "force_save", "grounding", "ipc", "k_test", "load_all", "load_npy", "margin"),
-    *("max_violation", "measure", "n_basis", "optimize", "recursive", "save_interval"),
-    *("text_trainable", "texture", "transfer", "zca"),
+    *("basis", "canvas_samples", "canvas_size", "data_path", "distill", "dsa", "dsa_strategy", "eval_mode"),
+    *("force_save", "grounding", "ipc", "k_test", "load_all", "load_npy", "margin", "max_violation", "measure"),
+    *("n_basis", "optimize", "recursive", "save_interval", "text_trainable", "texture", "transfer", "zca"),
 )
+# Flags of some scripts that the others accept without effect, so that one set of flags can be given to all of them.
+FLAGS_OF_OTHERS = "batch_size_train", "batch_train", "num_workers"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that are None."""
+    """Shows defaults, but not those that are None, numbers as N, and in the usage what must be given alone."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32)
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        required = [f" {a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in actions if a.required]
+        super().add_usage(f"%(prog)s{''.join(required)} [--FLAG VALUE ...]", actions, groups, prefix)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Section:
+    """The flags under one title of --help; `add_argument` is argparse's."""
+
+    def __init__(self, group):
+        self.group, self.add_argument = group, group.add_argument
+
+    def add_bool(self, name: str, default: bool, help: str) -> None:
+        """--name, --name True, --name=false, --no_name."""
+        add = self.group.add_mutually_exclusive_group().add_argument
+        add(f"--{name}", nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
+        add(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+
 class Parser(argparse.ArgumentParser):
-    """Flags by their full names; an error is one line and exit code 2."""
+    """Flags by their full names, in sections; an error is one line and exit code 2."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
-        self.add_argument("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
+        self._sections = {title: Section(self.add_argument_group(title)) for title in TITLES}
+
+    def section(self, title: str) -> Section:
+        """Where flags under one of `TITLES` are added; argparse leaves a title without flags out of --help."""
+        return self._sections[title]
 
     def error(self, message):
         sys.exit(ranks.fail(f"{self.prog}: error: {message}", 2))
-
-    def add_bool(self, name: str, default: bool, help: str):
-        """--name, --name True, --name=false, --no_name."""
-        group = self.add_mutually_exclusive_group()
-        group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, help=help)
-        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
 
     def parse(self, argv=None, defaults=None) -> argparse.Namespace:
         """Parses the command line; exits with code 2 and one line where it is wrong.
@@ -53,19 +74,20 @@ class Parser(argparse.ArgumentParser):
         """
         argv = sys.argv[1:] if argv is None else list(argv)
         self._set_recipe(argv)
-        unused = [name for name in UNUSED_FLAGS if f"--{name}" not in self._option_string_actions]
+        accepted = *UNUSED_FLAGS, *FLAGS_OF_OTHERS
+        unused = [name for name in accepted if f"--{name}" not in self._option_string_actions]
         for name in unused:
-            self.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+            self.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         args, unknown = self.parse_known_args(argv)
         if defaults and not unknown:
             self.set_defaults(**defaults(args))
             args = self.parse_args(argv)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
-        given = [name for name in unused if getattr(args, name) is not None]
+        given = [name for name in unused if name in args]
         if given:
-            print(f"warning: without effect, as in the released scripts: {' '.join('--' + name for name in given)}")
-        for name in unused:
+            print(f"warning: without effect in {self.prog}: {' '.join('--' + name for name in given)}")
+        for name in given:
             delattr(args, name)
         if "image_kwargs" in args:
             args.image_kwargs = dict(args.image_kwargs or [])
@@ -103,11 +125,10 @@ class Parser(argparse.ArgumentParser):
             defaults = recipe_defaults(self.prog, named.dataset, named.recipe)
             if named.optimizer not in (None, self.get_default("optimizer")):
                 defaults = {name: value for name, value in defaults.items() if name not in OUTER_RATES["sgd"]}
-            if "recipe" not in known:  # evaluate.py's is the data set's own
-                del defaults["recipe"]
-            if unknown := defaults.keys() - known:
+            # evaluate.py's recipe is the data set's own; loader processes are for those who train experts.
+            if unknown := defaults.keys() - known - {"recipe", "num_workers"}:
                 raise ValueError(f"a recipe sets {', '.join(sorted(unknown))}, which {self.prog} has no flag for")
-            self.set_defaults(**defaults)
+            self.set_defaults(**{name: value for name, value in defaults.items() if name in known})
 
     def _nearest(self, flag):
         visible = [o for a in self._actions if a.help != argparse.SUPPRESS for o in a.option_strings]

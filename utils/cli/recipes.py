@@ -17,24 +17,37 @@ FITTED = {"lr_teacher_img": FIT, "lr_teacher_txt": FIT}
 TEACHERS_OF_DEMO = {"lr_teacher_img": 0.03, "lr_teacher_txt": 0.1}
 
 
-def _of_lors(what_trains: dict, **of_distillation) -> dict:
+def _of_lors(help: str, what_trains: dict, **of_distillation) -> dict:
     """LoRS's settings with others of distill.py; coresets of as many pairs."""
     return {
+        "help": help,
         "buffer.py": what_trains,
         "coreset.py": {"num_queries": LORS["num_queries"], **what_trains},
         "distill.py": {**LORS, **what_trains, **of_distillation},
     }
 
 
-# A recipe's settings, for each script; a key that is no flag of the script is an error.
+# A recipe's words in --help, and its settings for each script; a key that is no flag of the script is an error.
 RECIPES = {
-    "wu2024": {},  # the paper's settings are the flags' own defaults
-    "adam": {"distill.py": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, **FITTED}},
-    "heads": _of_lors(HEADS, segments=4, lr_img=300.0, lr_txt=300.0, ema_decay=0.9, **FITTED),
-    "lors": _of_lors({}),
-    "repblend": _of_lors(HEADS, blend_alpha=1.0),
-    "ptmst": _of_lors(HEADS, sim_type="full", lr_img=1000.0, lr_txt=1000.0, ema_decay=0.99, shortcut=5),
+    "wu2024": {"help": "the paper's"},  # its settings are the flags' own defaults
+    "lors": _of_lors("of LoRS, whose soft targets are a learned similarity of low rank", {}),
+    "repblend": _of_lors("of RepBlend, heads over frozen encoders, whose outputs are blended", HEADS, blend_alpha=1.0),
+    "ptmst": _of_lors(
+        "of PTM-ST, heads that match straightened trajectories",
+        HEADS,
+        **{"sim_type": "full", "lr_img": 1000.0, "lr_txt": 1000.0, "ema_decay": 0.99, "shortcut": 5},
+    ),
+    "adam": {
+        "help": "Adam in the outer loop and fitted first rates",
+        "distill.py": {"optimizer": "adam", "student_temperature": 0.07, "mini_batch_size": 25, **FITTED},
+    },
+    "heads": _of_lors(
+        "frozen encoders with a projection on each side and fitted first rates",
+        HEADS,
+        **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9, **FITTED},
+    ),
     "demo": {
+        "help": "short runs, the default of --dataset demo",
         # A flipped picture would make "left of" wrong.
         "buffer.py": {"no_aug": True, "num_experts": 2, "train_epochs": 3, **TEACHERS_OF_DEMO},
         "coreset.py": {"no_aug": True, "num_queries": 50, "train_epochs": 3, **TEACHERS_OF_DEMO},

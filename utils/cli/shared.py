@@ -6,47 +6,59 @@ import torch
 
 from networks.image_encoder import plain_name
 from networks.lora import ALSO_TRAIN
-from utils.cli.parser import Parser, count, key_value, number, positive
+from utils.cli.parser import Parser, count, key_value, number, positive, rate
 from utils.cli.recipes import RECIPES
 
 
 def add_data_flags(parser: Parser) -> None:
-    add = parser.add_argument
+    data = parser.section("data")
+    add = data.add_argument
+    add("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
     add("--image_root", default="./Flickr30k/flickr-image-dataset/flickr30k-images/", help="folder of the pictures")
     add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files, or the one file")
     add("--split_seed", type=number(int, least=0), default=0, help="splits annotations that name no splits, by picture")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
-    parser.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
+    data.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
     add("--cache_dir", default="cache", help="folder for cached caption embeddings, picture features and pictures")
-    add("--num_workers", type=number(int, least=0), default=min(8, os.cpu_count() or 1), help="loader processes")
-    add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 
 
 def add_network_flags(parser: Parser, several: bool = False) -> None:
     """`several`: a list of image encoders, with a checkpoint for each, instead of one."""
-    add, nargs = parser.add_argument, "+" if several else None
+    encoders = parser.section("encoders")
+    add, nargs = encoders.add_argument, "+" if several else None
     add(
         "--image_encoder",
         nargs=nargs,
         type=plain_name,
         default="nfnet",
+        metavar="NAME",
         help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model, timm/NAME too",
     )
-    parser.add_bool("image_pretrained", True, "start the image encoder from published weights")
-    parser.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
+    encoders.add_bool("image_pretrained", True, "start the image encoder from published weights")
+    encoders.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
     each = "; one for each encoder, 'none' for published weights" if several else ""
-    add("--image_checkpoint", nargs=nargs, help=f"file with the image encoder's weights (safetensors or torch){each}")
+    add(
+        "--image_checkpoint",
+        nargs=nargs,
+        metavar="FILE",
+        help=f"file with the image encoder's weights (safetensors or torch){each}",
+    )
     add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
-    add("--text_encoder", default="bert", help="bert, distilbert, clip, any Hugging Face id or a local folder")
-    parser.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
+    add(
+        "--text_encoder",
+        default="bert",
+        metavar="NAME",
+        help="bert, distilbert, clip, any Hugging Face id or a local folder",
+    )
+    encoders.add_bool("text_pretrained", True, "load the text encoder's weights; False draws them from a fixed seed")
     add(
         "--text_pooling",
         choices=("cls", "mean", "last"),
         default="cls",
         help="first token, mean over tokens, or last token, as GPT-2's need it (not for CLIP)",
     )
-    parser.add_bool("only_has_image_projection", False, "add a projection head to the image tower too; it trains")
-    add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss")
+    encoders.add_bool("only_has_image_projection", False, "add a projection head to the image tower too; it trains")
+    add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss; SigLIP has none")
     add("--lora_rank", type=count, help="train low-rank updates of the image encoder's weights in their place")
     add("--lora_alpha", type=positive, help="updates are scaled by alpha / rank; the rank if not given")
     add("--lora_layers", help="attn (if not given), attn+mlp, all, or a regular expression on layer names")
@@ -54,24 +66,40 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
 
 
 def add_recipe_flag(parser: Parser) -> None:
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="a whole set of defaults: wu2024, the paper's, unless --dataset demo; adam, Adam outside; heads, frozen "
-        "encoders with a projection on each side; lors, repblend, ptmst, of later papers; demo",
+    words = "; ".join(f"{name}, {recipe['help']}" for name, recipe in RECIPES.items())
+    parser.section("recipe").add_argument("--recipe", choices=RECIPES, help=f"a whole set of defaults: {words}")
+
+
+def add_expert_flags(parser: Parser, for_set: bool = False) -> None:
+    """How an expert trains. `for_set`: its rates are saved with a set too, and must be above 0."""
+    experts = parser.section("experts")
+    add, kind, whose = experts.add_argument, positive if for_set else rate, ", and of the set" if for_set else ""
+    whose_epochs = "of the expert that --method forgetting trains" if for_set else "per expert"
+    add("--train_epochs", type=count, default=10, help=f"epochs {whose_epochs}")
+    add("--lr_teacher_img", type=kind, default=0.1, help=f"learning rate of the image encoder{whose}")
+    add("--lr_teacher_txt", type=kind, default=0.1, help=f"learning rate of the text projection{whose}")
+    add("--batch_size_train", type=count, default=128, help="pairs per batch")
+    add("--mom", type=number(float, least=0, below=1), default=0.0, help="SGD momentum")
+    add("--l2", type=rate, default=0.0, help="weight decay")
+    experts.add_bool("decay", False, "multiply the learning rates by 0.1 after half the epochs")
+    experts.add_bool("no_aug", False, "train without crops, flips and RandAugment")
+    processes = min(8, os.cpu_count() or 1)
+    parser.section("machine").add_argument(
+        "--num_workers", type=number(int, least=0), default=processes, help="processes that read an expert's pictures"
     )
 
 
 def add_evaluation_flags(parser: Parser) -> None:
-    add = parser.add_argument
+    evaluation = parser.section("evaluation")
+    add = evaluation.add_argument
     add("--num_eval", type=count, default=5, help="fresh networks per evaluation")
     add("--epoch_eval_train", type=count, default=50, help="epochs a fresh network trains on the set")
     add("--batch_train", type=count, default=64, help="pairs per batch of a fresh network")
-    parser.add_bool("eval_full", False, "fresh networks train whole, not by low-rank updates")
+    evaluation.add_bool("eval_full", False, "fresh networks train whole, not by low-rank updates")
 
 
 def add_run_flags(parser: Parser) -> None:
-    add = parser.add_argument
+    add = parser.section("machine").add_argument
     add(
         "--seed",
         type=number(int, least=0, below=2**32),
@@ -86,8 +114,10 @@ def add_run_flags(parser: Parser) -> None:
         help="of the networks' products and of all gradients; parameters, the losses' and scores' own products and"
         " what is learned stay fp32; on a CPU tf32 is fp32",
     )
+    add("--batch_size_test", type=count, default=128, help="pictures per batch when recall is measured")
 
 
 def add_log_flags(parser: Parser) -> None:
-    parser.add_argument("--name", help="name of the wandb run")
-    parser.add_bool("disabled_wandb", False, "log to metrics.jsonl only")
+    output = parser.section("output")
+    output.add_argument("--name", help="name of the wandb run")
+    output.add_bool("disabled_wandb", False, "log to metrics.jsonl only")
