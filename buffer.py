@@ -62,7 +62,12 @@ def parse_args(argv=None):
     experts = parser.section("experts").add_argument
     experts("--num_experts", type=cli.count, default=20, help="experts in the buffer; those already there are kept")
     cli.add_expert_flags(parser)
-    experts("--loss_type", choices=LOSS_TYPES, default="InfoNCE", help="of the experts; SigLIP learns a scale and a bias")
+    experts(
+        "--loss_type",
+        choices=LOSS_TYPES,
+        default="InfoNCE",
+        help="contrastive loss; SigLIP learns its scale and bias",
+    )
     experts(
         "--aug_views",
         type=cli.number(int, least=0),

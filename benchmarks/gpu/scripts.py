@@ -65,10 +65,11 @@ def make_experts(setup: Setup, root: Path, recipe: list) -> list[str]:
         *("--dataset", "drawn", "--image_root", root / "data", "--ann_root", root / "data", "--device", setup.device),
         *("--image_encoder", sizes.encoder, "--image_pretrained", "False", "--image_size", sizes.image_size),
         *("--text_encoder", save_text_encoder(root / "text", sizes.text_dim), "--cache_dir", root / "cache"),
-        *("--num_workers", setup.num_workers, "--buffer_path", root / "buffers", "--disabled_wandb"),
+        *("--buffer_path", root / "buffers", "--disabled_wandb"),
     ]
     rates = ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01"]
     cached = [] if recipe else ["--cache_images"]
+    cached += ["--num_workers", setup.num_workers]
     run_script(buffer, [*flags, *recipe, *rates, *cached, "--num_experts", 1, "--train_epochs", 3])
     return flags
 
