@@ -308,9 +308,9 @@ def test_rates_are_tuned_on_validation(run_evaluate, straight, capsys, monkeypat
     asked = []
     score = evaluate.score
 
-    def note(synset, retrieval, num_eval, seed, factory, args):
+    def note(synset, retrieval, num_eval, seed, factory, args, looks):
         asked.append((round(synset.syn_lr_img, 3), round(synset.syn_lr_txt, 3), num_eval, seed))
-        results = score(synset, retrieval, num_eval, seed, factory, args)
+        results = score(synset, retrieval, num_eval, seed, factory, args, looks)
         if seed == evaluate.VALIDATION_SEED:
             results[0]["r_mean"] = 99.0 if synset.syn_lr_img == 0.03 and synset.syn_lr_txt == 0.2 else 1.0
         return results
