@@ -21,21 +21,10 @@ from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder
 from utils.files import BackgroundSaver
 from utils.log import open_log
 from utils.scoring import device_batches, embedded_once, evaluate_retrieval, train_epochs
-from utils.setup import (
-    describe_training,
-    expert_loader,
-    expert_recipe,
-    find_device,
-    find_split,
-    make_factory,
-    make_text_encoder,
-    retrieval_pairs,
-    training_pairs,
-    warn_of_shared_pictures,
-)
+from utils.setup import describe_training, expert_loader, expert_training, find_device, open_data
 
-# Experts in one folder come from one training recipe.
-RECIPE = (
+# Experts in one folder are trained in one way: what these settings say.
+EXPERT_SETTINGS = (
     *("image_size", "image_pretrained", "image_checkpoint", "image_kwargs", "image_trainable", "text_pooling"),
     *("text_pretrained", "temperature", "seed", "no_aug", "train_epochs", "lr_teacher_img", "lr_teacher_txt"),
     *("loss_type", "cache_images", "mom", "l2", "decay", "batch_size_train", "precision"),
@@ -96,37 +85,45 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    # What is there is kept: the same command goes on where it was stopped, and a larger --num_experts adds some.
+    # Rank 0 looks, so that all agree on what is missing.
     folder = buffer_folder(args.buffer_path, vars(args))
     missing = ranks.gather(missing_experts(folder, args))[0]
     if not missing:
         print(f"all {args.num_experts} experts are in {folder}")
         return
 
+    # The texts go through their frozen encoder once, here; a frozen image encoder sees each picture once too.
     print(describe_device(find_device(args)))
-    with ranks.first_goes_first():
-        train_split, val_split = find_split(args, "train"), find_split(args, "val")
-        warn_of_shared_pictures(train_split, val_split)
-        text_encoder = make_text_encoder(args)
-        factory = make_factory(args, text_encoder.width)
-        pairs, text_embed = training_pairs(args, train_split, text_encoder)
-        validation = retrieval_pairs(args, val_split, text_encoder)
-    del text_encoder
-    validation = embedded_once(validation, factory, args.batch_size_test, args.cache_dir)
-    print(f"{len(pairs.paths)} pictures, {len(pairs)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
+    data = open_data(args, scored=("val",))
+    real, factory = data.real, data.factory
+    validation = embedded_once(data.scored["val"], factory, args.batch_size_test, args.cache_dir)
+    print(f"{len(real.paths)} pictures, {len(real)} pairs; experts {missing[0]} to {missing[-1]} go to {folder}")
+    loader_of, augment = expert_loader(args, real, factory)
 
-    loader_of, augment = expert_loader(args, pairs, factory)
+    # What trains is counted once and stands in every expert's file and in the log.
     training = describe_training(factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
     log = open_log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
     log(training, step=missing[0] * args.train_epochs)
+    # Published weights are the start of every expert: they are stored once for the folder.
     shares_start = factory.starts_pretrained and factory.lora is None
 
-    def train(n: int, on_epoch) -> tuple:
+    def train(n: int, on_epoch) -> dict:
+        # Expert n is the same whichever rank trains it, and however many are trained before it.
         seed = args.seed + n
         torch.manual_seed(seed)
-        model = factory.fresh(seed, PairLoss(args.loss_type, args.temperature))
-        snapshots, recalls = train_expert(model, loader_of(seed), text_embed, augment, validation, n, args, on_epoch)
-        return list(snapshots.values()), settings, recalls, list(snapshots), args.snapshot_type, shares_start
+        model, loader = factory.fresh(seed, PairLoss(args.loss_type, args.temperature)), loader_of(seed)
+        batches = expert_batches(loader, data.real_embed, model.image_encoder, augment, n, args)
+        snapshots, recalls = train_expert(model, batches, validation, n, args, on_epoch)
+        return {
+            "snapshots": list(snapshots.values()),
+            "settings": settings,
+            "recalls": recalls,
+            "epochs": list(snapshots),
+            "snapshot_type": args.snapshot_type,
+            "shares_start": shares_start,
+        }
 
     for line in train_missing(missing, folder, train, functools.partial(report_epoch, log, args.train_epochs)):
         print(line)
@@ -138,41 +135,45 @@ def train_missing(missing: list[int], folder: Path, train, report) -> list[str]:
     """Trains and saves experts, in rounds of one for each rank; returns lines on those that another launch trains.
 
     Args:
-        train: (number, function to call with (number, epoch, its numbers by name)) -> the trajectory to save.
+        train: (number, function to call with (number, epoch, its numbers by name)) -> what `save_trajectory` takes.
         report: takes what `train` tells, on rank 0: in one process at once, of several after the round, in order.
     """
     waiting, found = iter(missing), True
     with ExpertLocks() as locks, BackgroundSaver() as saver:  # an expert is written while the next one trains
 
-        def save(path: Path, *trajectory) -> None:
-            save_trajectory(path, *trajectory)
-            locks.release(path)
+        def save(path: Path, trajectory: dict) -> None:
+            save_trajectory(path, **trajectory)
+            locks.release(path)  # not before: another launch would train it again
             print(f"saved {path}")
 
         while found:
             told = []
 
-            def on_epoch(*numbers, told=told) -> None:
-                saver.check()
+            def on_epoch(n: int, epoch: int, numbers: dict, told=told) -> None:
+                saver.check()  # a full disk ends the run now, not after this expert
                 if ranks.count() == 1:
-                    report(*numbers)
+                    report(n, epoch, numbers)
                 else:
-                    told.append(numbers)
+                    told.append((n, epoch, numbers))
 
+            # The next one that no other process trains; a rank without one still takes part in the round.
             n = next((n for n in waiting if locks.take(expert_path(folder, n))), None)
             if n is not None:
-                saver.submit(save, expert_path(folder, n), *train(n, on_epoch))
+                saver.submit(save, expert_path(folder, n), train(n, on_epoch))
+            # All ranks learn of the round, and all end when none has found an expert to train.
             trained = ranks.gather((n, told))
             found = any(n is not None for n, _ in trained)
-            for _, numbers_of_one in sorted(trained, key=lambda one: one[1][:1]):
-                for numbers in numbers_of_one:
-                    report(*numbers)
+            for _, told_by_one in sorted(trained, key=lambda one: one[1][:1]):
+                for n, epoch, numbers in told_by_one:
+                    report(n, epoch, numbers)
     ranks.wait()  # until all are saved
+    # Only of experts that are still in other hands; some were finished while this launch trained others.
     return [line for path, line in locks.elsewhere.items() if not path.exists()]
 
 
 def report_epoch(log, epochs: int, n: int, epoch: int, values: dict) -> None:
-    log(values, step=n * epochs + epoch - 1)
+    """Logs and prints one epoch of expert n."""
+    log(values, step=n * epochs + epoch - 1)  # of all experts on one axis, one after the other
     print(
         f"expert {n} epoch {epoch}/{epochs}: loss {values['train_loss']:.3f}, validation "
         f"TR@1 {values['txt_r1']:.1f} IR@1 {values['img_r1']:.1f} mean {values['r_mean']:.1f}"
@@ -184,15 +185,18 @@ def kept_epochs(args) -> list[int]:
     last = args.train_epochs if args.keep_epochs is None else args.keep_epochs
     if last > args.train_epochs:
         raise InputError(f"--keep_epochs {last} is beyond --train_epochs {args.train_epochs}; lower it or train longer")
+    # The last one, wherever matching ends, is what --all_data and the report score.
     return sorted({*range(last + 1), args.train_epochs})
 
 
 def describe_experts(folder: Path, count: int) -> str:
     """What is in the folder, how good after the last epoch, and where the numbers are."""
+    # Others may be in another launch's hands yet.
     paths = [path for path in (expert_path(folder, n) for n in range(count)) if path.exists()]
     if not paths:
         return f"no expert in {folder} yet"
     recalls, count = [Trajectory(path).recalls for path in paths], len(paths)
+    # The spread tells an expert that went astray.
     last = sorted(recall[-1]["r_mean"] for recall in recalls)
     span = f"{last[0]:.1f}" if count == 1 else f"{last[0]:.1f} to {last[-1]:.1f}"
     experts, epochs = (f"{n} {noun}{'s' * (n > 1)}" for n, noun in ((count, "expert"), (len(recalls[0]), "epoch")))
@@ -203,23 +207,25 @@ def missing_experts(folder: Path, args) -> list[int]:
     """Numbers of the experts still to train.
 
     Raises:
-        InputError: one that exists has another recipe, or keeps fewer snapshots than this run would.
+        InputError: one that exists was trained in another way, or keeps fewer snapshots than this run would.
     """
     kept = kept_epochs(args)
     missing = []
     for n in range(args.num_experts):
         path = expert_path(folder, n)
-        if not path.exists():
+        if not path.exists():  # a file appears whole or not at all
             missing.append(n)
             continue
         expert = Trajectory(path)
-        for key in RECIPE:
+        # A student that matches several experts needs them to be of one kind.
+        for key in EXPERT_SETTINGS:
             stored = expert.settings.get(key, ADDED.get(key))
             if stored != getattr(args, key):
                 raise InputError(
                     f"{path} was trained with {key}={stored}, this run has {key}={getattr(args, key)}; "
                     "give the same value or another --buffer_path"
                 )
+        # More snapshots than wanted do no harm.
         lacking = sorted(set(kept) - set(expert.epochs))
         if lacking:
             raise InputError(
@@ -229,30 +235,40 @@ def missing_experts(folder: Path, args) -> list[int]:
     return missing
 
 
-def train_expert(model, loader, text_embed, augment, validation, n, args, on_epoch):
+def expert_batches(loader, real_embed, encoder, augment, n: int, args):
+    """A function from the epoch to its batches on the device, as `train_epochs` takes it, behind a bar for expert n."""
+    device = find_device(args)
+
+    # Each pass over the loader has another order and other augmentations, by its seed and the epoch.
+    def batches(epoch: int):
+        title = f"expert {n} epoch {epoch}/{args.train_epochs}"
+        bar = tqdm(loader, desc=title, leave=False, disable=None, position=ranks.rank())
+        return device_batches(bar, real_embed, encoder, device, augment)
+
+    return batches
+
+
+def train_expert(model, batches, validation, n: int, args, on_epoch):
     """Trains one expert; returns its snapshots (CPU copies) by epoch and its validation recalls after each.
 
     `on_epoch` is called with the expert's number, the epoch and its numbers. Raises InputError if the loss is not
     finite.
     """
     device, kept = find_device(args), set(kept_epochs(args))
-
-    def batches(epoch):
-        title = f"expert {n} epoch {epoch}/{args.train_epochs}"
-        bar = tqdm(loader, desc=title, leave=False, disable=None, position=ranks.rank())
-        return device_batches(bar, text_embed, model.image_encoder, device, augment)
-
-    snapshots, recalls = {0: snapshot(model)}, []
-    for epoch, (loss, accuracy) in train_epochs(model, batches, **expert_recipe(args)):
+    snapshots, recalls = {0: snapshot(model)}, []  # θ*_0: a student may start where the expert did
+    for epoch, (loss, accuracy) in train_epochs(model, batches, **expert_training(args)):
         if epoch in kept:
             snapshots[epoch] = snapshot(model)
+        # How good an expert is, is logged; the trajectory is kept whatever it says.
         recall = evaluate_retrieval(model, *validation, args.batch_size_test, device)
         recalls.append(recall)
+        # Told at once in one process; of several, the first tells all after the round.
         on_epoch(n, epoch, {"train_loss": loss, "train_acc": accuracy, **recall})
     return snapshots, recalls
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:
+    """What trains, on the CPU: a copy, as the next epoch changes it."""
     return {name: p.detach().to("cpu", copy=True) for name, p in trained_parameters(model).items()}
 
 

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
-from data.errors import InputError
 from data.pairs import load_images
 from data.transforms import normalize
 from networks.loss import PairLoss
 from utils import cli, ranks
+from utils.cli.checks import check_coreset
 from utils.device import describe_device
 from utils.scoring import (
     ForgettingCounter,
-    check_num_queries,
     device_batches,
     herding,
     highest,
@@ -30,17 +29,7 @@ from utils.scoring import (
     train_epochs,
 )
 from utils.sets import SynSet, picture_grid, save_synset
-from utils.setup import (
-    check_encoder_features,
-    encoder_features,
-    expert_loader,
-    expert_recipe,
-    find_device,
-    find_split,
-    make_factory,
-    make_text_encoder,
-    training_pairs,
-)
+from utils.setup import Data, encoder_features, expert_loader, expert_training, find_device, open_data
 
 METHODS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 
@@ -73,72 +62,61 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    check_flags(args)
+    check_coreset(args)
     output = Path(args.output or f"{args.save_dir}/{args.method}_{args.num_queries}.safetensors")
+    # All that draws has --seed: the same command chooses the same pairs.
     device = find_device(args)
     print(describe_device(device))
 
-    # The real pairs and the encoders.
-    with ranks.first_goes_first():
-        records, paths = find_split(args, "train")
-        check_num_queries(args.num_queries, len(paths))
-        text_encoder = make_text_encoder(args)
-        factory = make_factory(args, text_encoder.width)
-        real, real_embed = training_pairs(args, (records, paths), text_encoder)
-    del text_encoder
+    # The train split alone: a coreset is chosen without a look at what it will be scored on.
+    data = open_data(args, num_queries=args.num_queries)
+    real = data.real
 
     # Features of pictures are all ranks' work, the rest is that of the first.
     if args.method == "forgetting":
-        loader = expert_loader(args, real, factory)[0](args.seed)
+        loader = expert_loader(args, real, data.factory)[0](args.seed)
     elif args.method != "random":
-        features = encoder_features(args, args.features, real, real_embed, factory.encoder, device)
+        features = encoder_features(args, args.features, real, data.real_embed, data.factory.encoder, device)
     if not ranks.is_first():
         return
 
-    # The choice.
+    # The choice: rows of the split, in the order in which they were chosen, and a score for each.
     generator = torch.Generator().manual_seed(args.seed)
     if args.method == "random":
+        # Of each picture one caption, by chance too; nothing ranks the pairs.
         rows = random_rows(real.row_to_image, args.num_queries, generator)
         scores = [0.0] * len(rows)
     elif args.method == "forgetting":
-        forgotten = count_forgetting(loader, real, real_embed, factory, args, device)
+        # Pairs that the expert never learned count as forgotten most often; ties are broken by chance.
+        forgotten = count_forgetting(loader, data, args, device)
         rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
     else:
+        # These compare features, and do not draw but for the first centres of k-means.
         by_name = {"herding": herding, "kcenter": kcenter, "kmeans": functools.partial(kmeans, generator=generator)}
         choose = by_name[args.method]
         rows, scores = choose(features, real.row_to_image, args.num_queries)
 
-    # The set.
-    synset = as_set(rows, scores, real, real_embed, records, factory.encoder, args)
+    # The set has the form of a distilled one, so that all that reads those reads it.
+    synset = as_set(rows, scores, data, args)
     save_synset(output, synset)
-    print(f"{args.method}: {len(rows)} of {len(real)} pairs of {len(paths)} pictures, saved to {output}")
-    if args.draw:
+    print(f"{args.method}: {len(rows)} of {len(real)} pairs of {len(real.paths)} pictures, saved to {output}")
+    if args.draw:  # for people to look at
         picture_grid(synset).save(output.with_suffix(".png"))
 
 
-def check_flags(args) -> None:
-    """Raises InputError for flags with which the method cannot work."""
-    if args.output and not args.output.endswith(".safetensors"):
-        raise InputError(f"--output {args.output} must end in .safetensors")
-    if args.method == "forgetting" and args.train_epochs < 2:
-        raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
-    if args.method == "forgetting" and args.batch_size_train < 2:
-        raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
-    if args.method in ("herding", "kcenter", "kmeans") and args.features != "text":
-        check_encoder_features(args, f"--features {args.features}", " or use --features text")
-
-
-def count_forgetting(loader, real, real_embed, factory, args, device):
+def count_forgetting(loader, data: Data, args, device):
     """Trains one expert as buffer.py does; returns each pair's forgetting events [rows]."""
+    # With the seed of buffer.py's first expert.
     torch.manual_seed(args.seed)
-    model = factory.fresh(args.seed, PairLoss(temperature=args.temperature))
-    counter = ForgettingCounter(real.row_to_image)
+    model = data.factory.fresh(args.seed, PairLoss(temperature=args.temperature))
+    counter = ForgettingCounter(data.real.row_to_image)
 
     def batches(epoch):
-        return device_batches(counter.watch(loader), real_embed, model.image_encoder, device)
+        # The counter notes which rows a batch holds, then, from its features, which of them are matched.
+        return device_batches(counter.watch(loader), data.real_embed, model.image_encoder, device)
 
-    recipe = expert_recipe(args)
-    for epoch, (loss, _) in train_epochs(model, batches, **recipe, on_batch=counter.count_batch):
+    for epoch, (loss, _) in train_epochs(model, batches, **expert_training(args), on_batch=counter.count_batch):
+        # In per cent of the pairs: too few that were learned once make the count say little.
         shares = [100 * flags.float().mean().item() for flags in (counter.was_matched, counter.learned)]
         print(
             f"epoch {epoch}/{args.train_epochs}: loss {loss:.3f}, {shares[0]:.1f} % of the pairs matched, "
@@ -147,20 +125,24 @@ def count_forgetting(loader, real, real_embed, factory, args, device):
     return counter.scores()
 
 
-def as_set(rows, scores, real, real_embed, records, encoder, args) -> SynSet:
+def as_set(rows, scores, data: Data, args) -> SynSet:
     """The chosen pairs with their captions, file names and scores; the rates are those of the flags."""
+    real, encoder = data.real, data.factory.encoder
+    # The pictures are as the test transform gives them, without augmentation.
     pictures = real.row_to_image[rows].tolist()
     images = load_images([real.paths[i] for i in pictures], args.image_size)
     return SynSet(
         image_syn=normalize(images, encoder.mean, encoder.std),
-        text_syn=real_embed[rows],
+        text_syn=data.real_embed[rows],
+        # Nothing was learned: --tune_rates of evaluate.py finds rates that are fair to all sets of a table.
         syn_lr_img=args.lr_teacher_img,
         syn_lr_txt=args.lr_teacher_txt,
         captions=[real.captions[row] for row in rows],
         mean=encoder.mean,
         std=encoder.std,
         settings=vars(args),
-        files=[records[i].image for i in pictures],
+        # Named as in the annotations: paths are another machine's.
+        files=[data.records[i].image for i in pictures],
         scores=scores,
     )
 

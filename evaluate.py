@@ -4,22 +4,32 @@ A row for each set and image encoder. Data, encoders and training lengths defaul
 with, if it says so; another encoder than a set's own shows how the set transfers to it.
 """
 
-import argparse
-import itertools
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
 from data.text_cache import embed_captions
-from networks.clip_model import trained_parameters
+from networks.clip_model import ModelFactory, trained_parameters
 from networks.loss import LOSS_TYPES
 from utils import cli, ranks
-from utils.cli.recipes import DEMO_DATA, recipe_defaults
+from utils.cli.checks import check_export, check_looks
+from utils.cli.inheritance import (
+    OF_ENCODER,
+    PROTOCOL,
+    check_shared,
+    check_widths,
+    encoder_args,
+    load_set,
+    protocol_of_sets,
+    settings_of_first_set,
+    with_flags,
+)
 from utils.device import describe_device
-from utils.experts import LORA, find_trajectories
+from utils.experts import find_trajectories
 from utils.files import check_can_write, save_text
 from utils.log import Aside
 from utils.report import check_installed, write_table_page
@@ -28,40 +38,28 @@ from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
     NonFiniteLoss,
+    Rates,
     as_numbers,
     choose_rates,
     compare_rows,
     embedded_once,
     evaluate_retrieval,
     evaluate_synset,
-    look_epochs,
     markdown_table,
     mean_and_std,
+    mean_text,
+    row_of_set,
 )
-from utils.sets import SynSet, export_released, export_sets, is_released, load_synset
-from utils.setup import find_device, find_split, lora_of, make_factory, make_text_encoder, retrieval_pairs
-
-# Settings of the first set that are this run's defaults.
-INHERITED = (
-    *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
-    "split_seed",
-    *("text_encoder", "text_pretrained", "text_pooling", "num_eval"),
+from utils.sets import SynSet, export_released, export_sets
+from utils.setup import (
+    find_device,
+    find_split,
+    lora_of,
+    make_evaluation,
+    make_factory,
+    make_text_encoder,
+    retrieval_pairs,
 )
-# How the networks of one table train: the flag's value, else what all distilled sets say, else the flag's own default.
-PROTOCOL = ("epoch_eval_train", "batch_train", "temperature")
-# Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
-OF_ENCODER = {
-    **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
-    "only_has_image_projection": False,
-    **dict.fromkeys(LORA),
-}
-# What the sets of one table share: splits, and where the texts come from; with --texts nearest the splits alone.
-OF_SPLITS = "dataset", "split_seed"
-SHARED = (*OF_SPLITS, "text_encoder", "text_pooling", "text_pretrained")
-# What every set says of how it was made.
-MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
-# Flags without effect beside --export and --export_pt.
-OF_TABLE = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
 
 
 def parse_args(argv=None):
@@ -124,105 +122,48 @@ def parse_args(argv=None):
     return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})
 
 
-def load_set(path: str) -> SynSet:
-    """Reads a set. Raises InputError if it cannot be read, or is one of ours and does not say how it was made."""
-    synset = load_synset(path)
-    lacking = [key for key in MADE_WITH if key not in synset.settings]
-    if lacking and not is_released(path):
-        raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
-    return synset
-
-
-def settings_of_first_set(args) -> dict:
-    """Defaults from the first set; the parser's own if that does not say how it was made."""
-    settings = load_set(args.synset[0]).settings
-    if is_released(args.synset[0]):
-        named = args.image_encoder or "nfnet"
-        return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
-    inherited = {key: settings[key] for key in INHERITED if key in settings}
-    if inherited["dataset"] == "demo":
-        of_demo = recipe_defaults("evaluate.py", "demo", None)
-        inherited = {key: value for key, value in of_demo.items() if key in vars(args)} | inherited
-    return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
-
-
-def protocol_of_sets(args, usual: dict) -> dict:
-    """Defaults for `PROTOCOL`, whatever the order of the sets, and where they come from.
-
-    Raises InputError if distilled sets ask for different ones and no flag decides.
-    """
-    settings = {path: load_set(path).settings for path in args.synset}
-    distilled = {path: made for path, made in settings.items() if PROTOCOL[0] in made}  # a coreset was never scored
-    values, sources, conflicts = {}, [], []
-    for key in PROTOCOL:
-        asked = {path: made[key] for path, made in distilled.items() if key in made}
-        values[key] = next(iter(asked.values()), usual[key])
-        if getattr(args, key) is not None:
-            sources.append(f"--{key} is given")
-        elif len(set(asked.values())) > 1:
-            path, other = next(pair for pair in itertools.combinations(asked, 2) if asked[pair[0]] != asked[pair[1]])
-            conflicts.append(f"--{key} ({path}: {asked[path]}, {other}: {asked[other]})")
-    if conflicts and not (args.export or args.export_pt):
-        raise InputError(
-            f"these sets were scored in different ways, and the networks of one table train alike: give "
-            f"{' and '.join(conflicts)}"
-        )
-    if len(sources) < len(PROTOCOL):
-        sources.append(f"as {next(iter(distilled))} was scored" if distilled else "the defaults")
-    return {**values, "protocol": ", else ".join(sources)}
-
-
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    # By path, in the order of the table.
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
     if args.export or args.export_pt:
         if ranks.is_first():
             export(synsets, args)
         return
-    if args.looks:
-        look_epochs(args.epoch_eval_train, args.looks)  # refuses too many
-    for path, synset in synsets.items():
-        check_shared(path, synset, args)
+
+    # What cannot work is refused before anything is read. The networks of one table train alike, but each image
+    # encoder has its own checkpoint, adapters and projection: its own command line.
+    check_looks(args)
+    check_shared(synsets, args)
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
-
     print(describe_device(find_device(args)))
+    # Pictures and texts are the same in all rows.
+    synsets, test, validation = open_splits(synsets, args)
 
-    # What all rows share: pictures are decoded and captions embedded once.
-    with ranks.first_goes_first():
-        splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
-        text_encoder = make_text_encoder(args)
-        text_dim = text_encoder.width
-        if args.texts == "nearest":
-            synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
-        for path, synset in synsets.items():
-            check_width(path, synset, text_dim, args)
-        test = retrieval_pairs(args, splits["test"], text_encoder)
-        validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
-    del text_encoder
-
+    # A row for each encoder and set, and one for all data where its experts are there.
     rows = []
-    for name, encoder in by_encoder.items():
-        factory = make_factory(encoder, text_dim, args.eval_full)
-        looked_at = factory, args.batch_size_test, args.cache_dir
-        seen_test = embedded_once(test, *looked_at)
-        seen_validation = embedded_once(validation, *looked_at) if args.tune_rates else None
-        of_encoder = tuned(synsets, seen_validation, factory, args) if args.tune_rates else synsets
-        for path, synset in of_encoder.items():
-            try:
-                results = score(synset, seen_test, args.num_eval, TEST_SEED, factory, args)
-            except NonFiniteLoss as error:
-                print(f"no row for {path} on {name}: {error}")
-                continue
-            rows.append(row_of_set(path, synset, name, factory.trains, results, args))
-            announce(rows[-1])
+    for name, own_args in by_encoder.items():
+        factory = make_factory(own_args, test[1].shape[1], train_in_full=args.eval_full)
+        # A frozen encoder sees the pictures once for all sets.
+        seen_test = embedded_once(test, factory, args.batch_size_test, args.cache_dir)
+        candidates = synsets
+        # Learned rates fit the network that they were learned with; on another one each set gets its best ones.
+        if args.tune_rates:
+            seen_validation = embedded_once(validation, factory, args.batch_size_test, args.cache_dir)
+            candidates = tuned(synsets, seen_validation, factory, args)
+        for row in rows_of_sets(candidates, seen_test, name, factory, args):
+            announce(row)
+            rows.append(row)
         if args.all_data:
-            of_experts = make_factory(encoder, text_dim) if factory.lora != lora_of(encoder) else factory
-            row = row_of_experts(of_experts, seen_test, encoder, is_first=name == args.image_encoder[0])
+            # The upper bound: training on all real pairs, which the experts have done already.
+            row = row_of_experts(factory, seen_test, own_args, is_first=name == args.image_encoder[0])
             if row:
-                rows.append(row)
                 announce(row)
+                rows.append(row)
+
+    # Every rank has all rows; the first one writes them.
     if not ranks.is_first():
         return
     if not rows:
@@ -230,28 +171,36 @@ def main(argv=None):
     write_tables(rows, args)
     if args.report:
         command = shlex.join(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
-        with Aside()("the page"):
-            write_table_page(
-                Path(args.report), list(map(Path, args.synset)), [as_numbers(row) for row in rows], command
-            )
+        files, numbers = list(map(Path, args.synset)), [as_numbers(row) for row in rows]
+        with Aside()("the page"):  # the table is written: a page that fails must not be an error
+            write_table_page(Path(args.report), files, numbers, command)
 
 
 def check_outputs(args) -> None:
     """Raises InputError for what could not be written at the end."""
+    # Before the work of hours, not after it.
     for file in filter(None, (args.markdown, args.json, args.report)):
         check_can_write(file)
     if args.report:
-        check_installed()
+        check_installed()  # what draws the page's curves
 
 
-def with_flags(synset: SynSet, args) -> SynSet:
-    """The set with the rates and the loss of the command line where it gives them."""
-    return replace(
-        synset,
-        syn_lr_img=args.syn_lr_img or synset.syn_lr_img,
-        syn_lr_txt=args.syn_lr_txt or synset.syn_lr_txt,
-        loss_type=args.loss_type or synset.loss_type,
-    )
+def open_splits(synsets: dict[str, SynSet], args) -> tuple[dict, tuple, tuple | None]:
+    """What all rows share: the sets with their texts, the test split, and the validation split with --tune_rates.
+
+    Both splits are (RetrievalSet, text_embed [C, D_text]). Pictures are decoded and captions embedded once.
+    """
+    with ranks.first_goes_first():  # what it downloads and caches, the others find
+        # Rates are tuned on validation; where none are, its pictures need not be there.
+        splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
+        text_encoder = make_text_encoder(args)
+        if args.texts == "nearest":
+            synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
+        # After the line above: other embeddings of the same captions may fit where the learned ones do not.
+        check_widths(synsets, text_encoder.width, args)
+        test = retrieval_pairs(args, splits["test"], text_encoder)
+        validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
+    return synsets, test, validation
 
 
 def with_nearest_texts(synset: SynSet, text_encoder, args) -> SynSet:
@@ -261,132 +210,90 @@ def with_nearest_texts(synset: SynSet, text_encoder, args) -> SynSet:
 
 def export(synsets: dict[str, SynSet], args) -> None:
     """Writes the sets to --export, or the set to --export_pt. Raises InputError for flags and sets it cannot take."""
-    flag = "--export" if args.export else "--export_pt"
-    given = [name for name in OF_TABLE if getattr(args, name)] + (["texts"] if args.texts != "learned" else [])
-    if given:
-        raise InputError(f"{flag} trains nothing and writes the sets as they are; leave out --{given[0]}")
+    check_export(args)
+    # The form of LoRS is one file for one set, our own a folder that people can look through.
     if args.export_pt:
-        if args.export or len(synsets) > 1 or not is_released(args.export_pt):
-            raise InputError("--export_pt takes one set, a file that ends in .pt, and no --export beside it")
-        ((path, synset),) = synsets.items()
+        ((path, synset),) = synsets.items()  # `check_export` saw that it is one
         export_released(args.export_pt, synset)
         print(f"{len(synset.captions)} pairs of {path} in {args.export_pt}")
         return
-    names = {Path(path).stem for path in synsets}
-    if len(names) < len(synsets):
+    # Each set has a sub-folder of its file's name.
+    by_name = {Path(path).stem: synset for path, synset in synsets.items()}
+    if len(by_name) < len(synsets):  # one would overwrite the other
         raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
-    export_sets(args.export, {Path(path).stem: synset for path, synset in synsets.items()})
+    export_sets(args.export, by_name)
     pictures = sum(len(synset.captions) for synset in synsets.values())
     print(f"{pictures} pictures with metadata.jsonl and texts.safetensors in {args.export}")
 
 
-def check_shared(path: str, synset: SynSet, args) -> None:
-    """Raises InputError if the set belongs to another dataset or text encoder, or has no captions to embed."""
-    if is_released(path):  # it does not say
-        if args.texts == "nearest":
-            raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
-        return
-    made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
-    for key in SHARED if args.texts == "learned" else OF_SPLITS:
-        if made_with.get(key) != getattr(args, key):
-            raise InputError(
-                f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
-                "sets of one table share dataset, splits and text encoder, but see --texts nearest"
-            )
-
-
-def check_width(path: str, synset: SynSet, text_dim: int, args) -> None:
-    """Raises InputError if the set's text embeddings are not the text encoder's."""
-    if synset.text_syn.shape[1] != text_dim:
-        raise InputError(
-            f"{path} holds text embeddings of width {synset.text_syn.shape[1]}, --text_encoder {args.text_encoder} "
-            f"gives {text_dim}; use the text encoder it was made with, or --texts nearest"
-        )
-
-
-def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
-    """The command line for each image encoder alone, by its name; see `OF_ENCODER`."""
-    names, checkpoints = args.image_encoder, args.image_checkpoint or []
-    if checkpoints and len(checkpoints) != len(names):
-        raise InputError(
-            f"--image_checkpoint has {len(checkpoints)} values for {len(names)} image encoders; "
-            "give one for each, 'none' for published weights"
-        )
-    by_encoder = {}
-    known = [synset.settings for synset in synsets] + ([DEMO_DATA] if args.dataset == "demo" else [])
-    for i, name in enumerate(names):
-        made_with = next((settings for settings in known if settings.get("image_encoder") == name), {})
-        values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
-        values |= {key: getattr(args, key) for key in OF_ENCODER if getattr(args, key) not in (None, {})}
-        if checkpoints:
-            values["image_checkpoint"] = None if checkpoints[i] == "none" else checkpoints[i]
-        by_encoder[name] = argparse.Namespace(**{**vars(args), "image_encoder": name, **values})
-    return by_encoder
-
-
-def tuned(synsets: dict[str, SynSet], validation, factory, args) -> dict[str, SynSet]:
+def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -> dict[str, SynSet]:
     """The sets with the best rates on validation, by one network each; see `choose_rates`."""
-    args = argparse.Namespace(**{**vars(args), "looks": 0})  # those are at the test split
 
-    def recall(path: str, rates) -> float:
-        return score(with_rates(synsets[path], rates), validation, 1, VALIDATION_SEED, factory, args)[0]["r_mean"]
+    def recall(path: str, rates: Rates) -> float:
+        synset = with_rates(synsets[path], rates)
+        # No looks: those are at the test split.
+        return score(synset, validation, 1, VALIDATION_SEED, factory, args, looks=0)[0]["r_mean"]
 
-    own = {path: (synset.syn_lr_img, synset.syn_lr_txt) for path, synset in synsets.items()}
+    # Every set is tried with the same candidates: its own rates, the other sets', and the two grids.
+    own = {path: Rates(synset.syn_lr_img, synset.syn_lr_txt) for path, synset in synsets.items()}
     best, lines = choose_rates(own, (args.grid_img, args.grid_txt), recall)
     for line in lines:
         print(line)
     return {path: with_rates(synset, best[path]) for path, synset in synsets.items()}
 
 
-def with_rates(synset: SynSet, rates) -> SynSet:
-    return replace(synset, syn_lr_img=rates[0], syn_lr_txt=rates[1])
+def with_rates(synset: SynSet, rates: Rates) -> SynSet:
+    return replace(synset, syn_lr_img=rates.image, syn_lr_txt=rates.text)
 
 
-def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args) -> list[dict]:
-    sizes = num_eval, args.epoch_eval_train, args.batch_train, args.batch_size_test, args.image_size
-    return evaluate_synset(factory, synset, retrieval, *sizes, args.temperature, seed + args.seed, looks=args.looks)
+def score(synset: SynSet, retrieval, num_eval: int, seed: int, factory, args, looks: int = 0) -> list[dict]:
+    """Recalls of `num_eval` networks trained on the set."""
+    # Each call starts from its seed alone: rows do not depend on the rows before them.
+    evaluation = replace(make_evaluation(args, looks), num_eval=num_eval)
+    return evaluate_synset(factory, synset, retrieval, evaluation, seed + args.seed)
 
 
-def row_of_experts(factory, test, args, is_first: bool) -> dict | None:
+def rows_of_sets(synsets: dict[str, SynSet], test, image_encoder: str, factory: ModelFactory, args) -> Iterator[dict]:
+    """A row for each set on one image encoder; a printed line in its place where the loss of a network diverges."""
+    for path, synset in synsets.items():
+        try:
+            results = score(synset, test, args.num_eval, TEST_SEED, factory, args, looks=args.looks)
+        except NonFiniteLoss as error:
+            print(f"no row for {path} on {image_encoder}: {error}")
+            continue  # the other rows are worth having
+        yield row_of_set(path, synset, image_encoder, factory.trains, args.texts, results, args.looks)
+
+
+def row_of_experts(factory: ModelFactory, test, args, is_first: bool) -> dict | None:
     """Test recalls of each expert's last snapshot; None, and a printed line, if a transfer encoder has no experts."""
+    # Experts have the adapters that they were trained with, whatever --eval_full says of networks that score sets.
+    if factory.lora != lora_of(args):
+        factory = make_factory(args, factory.text_dim)
     model, device = factory.fresh(args.seed), find_device(args)
-    settings = {**vars(args), "lora_base": factory.base}
+    settings = {**vars(args), "lora_base": factory.base}  # adapters fit the weights that they were trained over
     try:
         experts = find_trajectories(args.all_data, settings, trained_parameters(model))
     except InputError as error:
-        if is_first:
+        if is_first:  # the encoder that the experts are for: a wrong folder, not a transfer
             raise
         print(f"no all-data row for {args.image_encoder}: {error}")
         return None
 
+    # One model takes the snapshots one after the other.
     def score_expert(expert) -> dict[str, float]:
+        # Not strict: a snapshot holds what trained alone.
         model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
         return evaluate_retrieval(model, *test, args.batch_size_test, device)
 
-    results = ranks.spread(score_expert, experts)
+    results = ranks.spread(score_expert, experts)  # the ranks share the experts
     names = {"set": ALL_DATA, "method": ALL_DATA, "image_encoder": args.image_encoder, "trains": factory.trains}
     epochs = max(expert.epochs[-1] for expert in experts)
     return {**names, "experts": len(experts), "epochs": epochs, "results": results}
 
 
-def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results, args) -> dict:
-    row = {
-        "set": path,
-        "method": synset.settings["method"],
-        "pairs": len(synset.captions),
-        "image_encoder": image_encoder,
-        "trains": trains,
-        "rates": [synset.syn_lr_img, synset.syn_lr_txt],
-        "loss_type": synset.loss_type,
-        "texts": args.texts,
-        "results": results,
-    }
-    return {**row, "looks": args.looks} if args.looks else row
-
-
 def announce(row: dict) -> None:
     mean, std = mean_and_std(row["results"])
-    print(f"{row['set']} on {row['image_encoder']}: mean recall {mean['r_mean']:.1f} ± {std['r_mean']:.1f}")
+    print(f"{row['set']} on {row['image_encoder']}: mean recall {mean_text(mean['r_mean'], std['r_mean'])}")
 
 
 def write_tables(rows: list[dict], args) -> None:
@@ -394,14 +301,16 @@ def write_tables(rows: list[dict], args) -> None:
     networks = f"mean ± std over {args.num_eval} networks per set"
     trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train} ({args.protocol})"
     head = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}, each trained {trained}"
-    text = f"{head}:\n\n{markdown_table(rows)}\n"
+    text = f"{head}:\n\n{markdown_table(rows)}\n"  # as it is in the Markdown file
     print(text, end="")
+    # The file of numbers says how they were made, so that tables can be compared later.
     shared = {"dataset": args.dataset, "text_encoder": args.text_encoder, "num_eval": args.num_eval}
     shared |= {key: getattr(args, key) for key in (*PROTOCOL, "protocol")}
     numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
     for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if file:
             save_text(file, content)
+    # In words what the reader would compute from the table: each set as a multiple of the first and of all data.
     for line in compare_rows(rows):
         print(line)
 

@@ -83,7 +83,11 @@ def _write(path: Path, paths, shape) -> None:
 
 def _cache_key(paths, side: int) -> str:
     digest = hashlib.sha256(f"{RULE} {READING} {side}".encode())
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+    digest.update(file_marks(paths))
     return digest.hexdigest()
+
+
+def file_marks(paths: list[Path]) -> bytes:
+    """Names, sizes and times of files, for the keys of caches: other pictures have another key."""
+    statuses = ((path, path.stat()) for path in paths)
+    return "".join(f"{path}\n{status.st_size} {status.st_mtime_ns}\n" for path, status in statuses).encode()

@@ -31,6 +31,7 @@ from utils.scoring.features import embed_images, pair_features
 from utils.scoring.tables import COLUMNS
 from utils.scoring.training import make_optimizer, train_epoch
 from utils.sets import load_synset, save_synset
+from utils.setup import data
 
 QUICK = ["--num_queries", "5", "--train_epochs", "2", "--batch_size_train", "40", "--lr_teacher_img", "0.01"]
 
@@ -382,7 +383,7 @@ def test_table_of_two_sets_and_two_encoders(sets, experts, tmp_path, capsys, mon
     monkeypatch.setattr(
         evaluate,
         "make_factory",
-        lambda a, *more: built.append((a.image_encoder, a.image_checkpoint)) or make_factory(a, *more),
+        lambda a, *more, **how: built.append((a.image_encoder, a.image_checkpoint)) or make_factory(a, *more, **how),
     )
     monkeypatch.setattr(evaluate, "retrieval_pairs", lambda *a: read.append(a) or retrieval_pairs(*a))
     files = ["--markdown", tmp_path / "new/table.md", "--json", tmp_path / "new/table.json"]
@@ -418,14 +419,14 @@ def test_all_data_is_the_last_snapshot_on_the_test_split(tiny_argv, tmp_path, se
     argv = ["--num_experts", "2", "--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01"]
     recalls = []
     evaluate_retrieval = buffer.evaluate_retrieval
-    find_split = buffer.find_split
+    find_split = data.find_split
 
     def note(*args):
         recalls.append(evaluate_retrieval(*args))
         return recalls[-1]
 
     # Let the experts be judged on the test split, so that buffer.py's own numbers are the expected ones.
-    monkeypatch.setattr(buffer, "find_split", lambda a, split: find_split(a, {"val": "test"}.get(split, split)))
+    monkeypatch.setattr(data, "find_split", lambda a, split: find_split(a, {"val": "test"}.get(split, split)))
     monkeypatch.setattr(buffer, "evaluate_retrieval", note)
     assert buffer.main([*tiny_argv, *argv, "--buffer_path", str(tmp_path / "b"), "--disabled_wandb"]) == 0
     assert run_evaluate(sets, ["random"], "--all_data", tmp_path / "b", "--json", tmp_path / "t.json") == 0
@@ -440,9 +441,9 @@ def test_every_row_is_tuned_over_as_many_candidates(sets, capsys, monkeypatch):
     asked = []
     score = evaluate.score
 
-    def note(synset, retrieval, num_eval, seed, factory, args):
+    def note(synset, retrieval, num_eval, seed, factory, args, looks):
         asked.append((synset.settings["method"], synset.syn_lr_img, synset.syn_lr_txt, num_eval, seed))
-        return score(synset, retrieval, num_eval, seed, factory, args)
+        return score(synset, retrieval, num_eval, seed, factory, args, looks)
 
     monkeypatch.setattr(evaluate, "score", note)
     assert run_evaluate(sets, ["random", "kcenter"], "--tune_rates", "--grid_img", 0.02, "--grid_txt", 0.2, 0.4) == 0

@@ -115,7 +115,9 @@ def test_more_looks_than_epochs(straight, tmp_path, capsys):
 def trained_on(monkeypatch):
     """The sets that networks are trained on."""
     seen, score = [], evaluate.score
-    monkeypatch.setattr(evaluate, "score", lambda synset, *args: seen.append(synset) or score(synset, *args))
+    monkeypatch.setattr(
+        evaluate, "score", lambda synset, *args, looks: seen.append(synset) or score(synset, *args, looks)
+    )
     return seen
 
 

@@ -112,6 +112,11 @@ def test_a_student_astray_is_said_at_the_start_and_after_a_while():
 # ---- Adam
 
 
+def test_an_optimizer_that_is_not_there_is_no_sgd():
+    with pytest.raises(ValueError, match="unknown optimizer sgdm; there are sgd, adam"):
+        PairLearner(make_pairs(), 0.1, 0.1, 0.01, "sgdm")
+
+
 def test_adam_steps_in_standard_deviations_and_in_logarithms():
     """Against torch's Adam on the same variables."""
     generator = torch.Generator().manual_seed(0)

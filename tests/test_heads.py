@@ -17,6 +17,7 @@ from tests.test_scripts import TENSORS, same_set, stderr_line, table_rows
 from utils.experts import Trajectory
 from utils.scoring import (
     EmbedLoader,
+    Evaluation,
     embed_images,
     embed_views,
     embedded_once,
@@ -225,7 +226,8 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
         assert torch.equal(embedded_once(retrieval, factory, 3, tmp_path)[0].image_embed, once[0].image_embed)
     assert not read
     assert once[0].image_embed.shape == (len(records_paths), encoder.width)
-    (result,) = evaluate_synset(factory, synset, once, 1, 3, 4, 5, 32, 0.07, seed=30)
+    evaluation = Evaluation(num_eval=1, epochs=3, batch_size=4, batch_size_test=5, image_size=32, temperature=0.07)
+    (result,) = evaluate_synset(factory, synset, once, evaluation, seed=30)
     model = factory.fresh(30, PairLoss(synset.loss_type))
     images = fit_images(synset, 32, encoder.mean, encoder.std)
     rates = synset.syn_lr_img, synset.syn_lr_txt

@@ -187,7 +187,7 @@ def test_without_augmentation_the_cache_changes_nothing(tiny_argv, tmp_path):
 def test_augmentation_on_the_device(tiny_argv, tmp_path, monkeypatch):
     """As on a GPU: the loader gives squares as they are cached, and the batch is augmented."""
     seen = []
-    monkeypatch.setattr("utils.setup.augments_on", lambda device: True)
+    monkeypatch.setattr("utils.setup.data.augments_on", lambda device: True)
     call = Augment.__call__
     monkeypatch.setattr(Augment, "__call__", lambda self, images: (seen.append(images.shape), call(self, images))[1])
     assert train(tiny_argv, tmp_path / "b", "--cache_dir", tmp_path / "c") == 0

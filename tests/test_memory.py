@@ -83,11 +83,11 @@ def test_a_chunk_that_was_not_given_is_halved_and_tried_again(run_distill, tmp_p
     """Four pairs fail, two do not; then the run is that of --pair_chunk 2 from the failed iteration on."""
     real, sizes = distill.mean_matching, []
 
-    def four_do_not_fit(loss_fn, segments, pairs, chunk, **student):
-        sizes.append(chunk)
-        if chunk is None and len(sizes) == 2:
+    def four_do_not_fit(*args, pair_chunk, **student):
+        sizes.append(pair_chunk)
+        if pair_chunk is None and len(sizes) == 2:
             raise RuntimeError(text)
-        return real(loss_fn, segments, pairs, chunk, **student)
+        return real(*args, pair_chunk=pair_chunk, **student)
 
     monkeypatch.setattr(distill, "mean_matching", four_do_not_fit)
     assert run_distill(tmp_path / "run", "--Iteration", 3) == 0
@@ -99,7 +99,7 @@ def test_memory_that_no_chunk_fits_saves_the_set(run_distill, tmp_path, capsys, 
     real, calls = distill.mean_matching, []
 
     def second_is_full(*args, **student):
-        calls.append(args[3])
+        calls.append(student["pair_chunk"])
         return real(*args, **student) if len(calls) == 1 else full()
 
     monkeypatch.setattr(distill, "mean_matching", second_is_full)

@@ -122,7 +122,7 @@ def trained_on(monkeypatch):
     """The sets that networks are trained on, and with which encoders."""
     seen, score = [], evaluate.score
     monkeypatch.setattr(
-        evaluate, "score", lambda synset, *more: seen.append((synset, more[-1])) or score(synset, *more)
+        evaluate, "score", lambda synset, *more, looks: seen.append((synset, more[-1])) or score(synset, *more, looks)
     )
     return seen
 

@@ -13,7 +13,7 @@ import torch
 import buffer
 import distill
 import evaluate
-import utils.setup
+import utils.setup.data
 from data.demo import make_demo
 from utils.experts.trajectory import Trajectory
 from utils.matching.learner import PairLearner
@@ -251,7 +251,7 @@ def test_interrupted_run_is_saved_and_resumes(straight, run_distill, tmp_path, c
 
 
 def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.setup, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
+    monkeypatch.setattr(utils.setup.data, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
     monkeypatch.chdir(tmp_path)
     quick = ["--dataset", "demo", "--disabled_wandb", "--train_epochs", "1", "--num_experts", "1"]
     assert buffer.main(quick) == 0
@@ -308,9 +308,9 @@ def test_rates_are_tuned_on_validation(run_evaluate, straight, capsys, monkeypat
     asked = []
     score = evaluate.score
 
-    def note(synset, retrieval, num_eval, seed, factory, args):
+    def note(synset, retrieval, num_eval, seed, factory, args, looks):
         asked.append((round(synset.syn_lr_img, 3), round(synset.syn_lr_txt, 3), num_eval, seed))
-        results = score(synset, retrieval, num_eval, seed, factory, args)
+        results = score(synset, retrieval, num_eval, seed, factory, args, looks)
         if seed == evaluate.VALIDATION_SEED:
             results[0]["r_mean"] = 99.0 if synset.syn_lr_img == 0.03 and synset.syn_lr_txt == 0.2 else 1.0
         return results

@@ -16,7 +16,7 @@ from networks.loss import PairLoss
 from utils import files
 from utils.matching.learner import PairLearner
 from utils.scoring import training
-from utils.scoring.evaluation import evaluate_synset, look_epochs
+from utils.scoring.evaluation import Evaluation, evaluate_synset, look_epochs
 from utils.scoring.retrieval import RECALLS, evaluate_retrieval, nearest_captions, recalls
 from utils.scoring.tables import mean_and_std, recall_table
 from utils.scoring.training import make_optimizer, train_epoch, train_on_pairs
@@ -218,18 +218,30 @@ def test_pictures_are_normalised_and_resized_for_another_encoder():
     assert torch.allclose(denormalize(larger, *new), torch.tensor(200 / 255), atol=1e-5)
 
 
+def evaluation(num_eval, epochs, looks=0):
+    return Evaluation(
+        num_eval=num_eval,
+        epochs=epochs,
+        batch_size=4,
+        batch_size_test=5,
+        image_size=SIZE,
+        temperature=0.07,
+        looks=looks,
+    )
+
+
 def test_evaluation_trains_fresh_models_with_the_sets_rates(factory, batch, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (7, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     retrieval = RetrievalSet(images, [""] * 14, torch.arange(14) // 2), torch.randn(14, TEXT_DIM, generator=generator)
-    results = evaluate_synset(factory, make_synset(batch), retrieval, 2, 3, 4, 5, SIZE, 0.07, seed=30)
+    results = evaluate_synset(factory, make_synset(batch), retrieval, evaluation(2, 3), seed=30)
     for k, result in enumerate(results):
         model = factory.fresh(30 + k)
         loss = train_on_pairs(model, *batch, 0.1, 0.2, 3, 4, 30 + k)
         assert result == {**evaluate_retrieval(model, *retrieval, 5, "cpu"), "train_loss": loss}
     assert results[0]["train_loss"] != results[1]["train_loss"]
     seen = record_rates(monkeypatch)
-    evaluate_synset(factory, make_synset(batch), retrieval, 1, 1, 4, 5, SIZE, 0.07, seed=30)
+    evaluate_synset(factory, make_synset(batch), retrieval, evaluation(1, 1), seed=30)
     assert seen == [[0.1, 0.2]]
 
 
@@ -240,13 +252,11 @@ def test_best_look_is_that_of_the_best_network_so_far(factory, batch, monkeypatc
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (20, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     retrieval = RetrievalSet(images, [""] * 20, torch.arange(20)), torch.randn(20, TEXT_DIM, generator=generator)
-    sizes = 3, 6, 4, 5, SIZE, 0.07
     state = torch.get_rng_state()
-    without = evaluate_synset(factory, make_synset(batch), retrieval, *sizes, seed=30)
+    without = evaluate_synset(factory, make_synset(batch), retrieval, evaluation(3, 6), seed=30)
     trained = []
-    looked = evaluate_synset(
-        factory, make_synset(batch), retrieval, *sizes, 30, lambda model: trained.append(model.training), looks=3
-    )
+    looking = evaluation(3, 6, looks=3)
+    looked = evaluate_synset(factory, make_synset(batch), retrieval, looking, 30, lambda m: trained.append(m.training))
     assert torch.equal(torch.get_rng_state(), state) and trained == [True] * 3
     assert look_epochs(6, 3) == [2, 4, 6] and look_epochs(7, 3) == [2, 4, 7] and look_epochs(3, 3) == [1, 2, 3]
     bests = []
@@ -269,9 +279,8 @@ def test_looks_go_over_all_phases(factory, batch):
     images = torch.randint(256, (20, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     retrieval = RetrievalSet(images, [""] * 20, torch.arange(20)), torch.randn(20, TEXT_DIM, generator=generator)
     synset = make_synset(batch, phases=2)
-    sizes = 1, 3, 4, 5, SIZE, 0.07
     for seed in range(30, 36):
-        (result,) = evaluate_synset(factory, synset, retrieval, *sizes, seed, looks=2)
+        (result,) = evaluate_synset(factory, synset, retrieval, evaluation(1, 3, looks=2), seed)
         model = factory.fresh(seed)
         train_on_pairs(model, *(part[:3] for part in batch), 0.1, 0.2, 3, 4, seed)
         recalls = [evaluate_retrieval(model, *retrieval, 5, "cpu")["r_mean"], result["r_mean"]]

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -51,6 +52,11 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
             temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor on any device, for a digest: uint8 [number of bytes]."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensors: tuple[str, ...] = ()):

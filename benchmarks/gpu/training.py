@@ -17,7 +17,7 @@ from data.pairs import PairDataset, RetrievalSet, pair_loader
 from data.transforms import eval_transform, train_transform
 from networks.clip_model import ModelFactory
 from networks.image_encoder import build_image_encoder
-from utils.scoring import device_batches, evaluate_retrieval, evaluate_synset
+from utils.scoring import Evaluation, device_batches, evaluate_retrieval, evaluate_synset
 from utils.scoring.training import make_optimizer, train_epoch
 from utils.sets import SynSet
 
@@ -103,7 +103,15 @@ def evaluation(setup: Setup):
         )
 
         def score(epochs: int):
-            evaluate_synset(factory, synset, retrieval, 1, epochs, 64, 128, sizes.image_size, 0.07, seed=0)
+            evaluation = Evaluation(
+                num_eval=1,
+                epochs=epochs,
+                batch_size=64,
+                batch_size_test=128,
+                image_size=sizes.image_size,
+                temperature=0.07,
+            )
+            evaluate_synset(factory, synset, retrieval, evaluation, seed=0)
 
         with products_in("tf32"):
             score(1)  # loads kernels

@@ -1,14 +1,17 @@
-"""Errors that are the user's to mend: one line, and the exit code."""
+"""Errors that are the user's to mend: one line that names the flag to change, and the exit code."""
 
 import errno
 import functools
 import os
 import select
 import sys
+from collections.abc import Callable
 
 from data.errors import InputError
 from utils import ranks
 from utils.device import is_out_of_memory
+from utils.matching import guarded
+from utils.scoring import NonFiniteLoss
 
 BROKEN_PIPE = 128 + 13  # the exit code of what SIGPIPE ends
 
@@ -70,3 +73,19 @@ def _reader_is_gone(stream) -> bool:
         return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
     except (OSError, ValueError):  # no real file, or a closed one
         return False
+
+
+def guarded_scoring(call: Callable, iteration: int, args):
+    """call(), which trains networks on the set of an iteration of distill.py.
+
+    Raises InputError if they do not fit into memory or their loss is not finite.
+    """
+    train, test = max(1, min(args.batch_train, args.num_queries) // 2), max(1, args.batch_size_test // 2)
+    try:
+        return guarded(call, lambda: f"give --batch_train {train} and --batch_size_test {test}")
+    except NonFiniteLoss as error:
+        # The first pairs have the rates that were given, later ones those that were learned.
+        flags = "--lr_img, --lr_txt or --lr_lr" if iteration else "--lr_teacher_img or --lr_teacher_txt"
+        raise InputError(
+            f"the loss of a network trained on the set of iteration {iteration} became {error.loss}; lower {flags}"
+        ) from error

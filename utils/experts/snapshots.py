@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from utils.files import open_tensors, save_tensors
+from utils.files import open_tensors, save_tensors, tensor_bytes
 
 TYPES = ("fp16", "fp32")
 START_KIND = "start of the image tower"
@@ -86,5 +86,5 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()

@@ -49,7 +49,7 @@ class Guard:
             if self.skipped_in_a_row == SKIPS or pairs_are_spoilt:
                 raise InputError(_not_finite(matching, iteration))
             nothing = [torch.zeros_like(part) for part in gradient.tensors()]
-            return self._cut("is not finite and was left out", iteration, lines, *nothing)
+            return self._cut("is not finite and was left out", iteration, lines, nothing)
         self.skipped_in_a_row = 0
         parts, reasons = list(gradient.tensors()), []
         norms = [part.norm().item() for part in parts]
@@ -63,9 +63,9 @@ class Guard:
         self.norms = [*self.norms, norms][-MEMORY:]
         if not reasons:
             return gradient, lines
-        return self._cut(f"is {', '.join(reasons)}; it was cut", iteration, lines, *parts)
+        return self._cut(f"is {', '.join(reasons)}; it was cut", iteration, lines, parts)
 
-    def _cut(self, what: str, iteration: int, lines: list[str], *parts) -> tuple[Pairs, list[str]]:
+    def _cut(self, what: str, iteration: int, lines: list[str], parts: list[Tensor]) -> tuple[Pairs, list[str]]:
         self.limited += 1
         if self.limited == 1:
             lines.append(

@@ -1,5 +1,6 @@
 """The pairs under distillation: their optimizer, how far they are, and the state a run resumes from."""
 
+import functools
 import math
 
 import torch
@@ -14,11 +15,15 @@ from utils.sets.pairs import NAMES
 KIND = "distillation state"
 RATES = NAMES[2:]
 OLD_NAMES = {"momentum_buffer": "momentum"}  # of optimizer states in the file
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, lr=0.0, momentum=0.5),
+    "adam": functools.partial(torch.optim.Adam, betas=(0.9, 0.99)),
+}
+RELATIVE = {"adam"}  # those whose rates are in units of the data, see `PairLearner`
 
 
 class PairLearner:
-    """Moves the pairs, by one of two optimizers.
+    """Moves the pairs, by one of `OPTIMIZERS`.
 
     "sgd", as published: momentum 0.5, on the values themselves; no step more than doubles or halves a
     learned rate, so that it stays positive.
@@ -42,6 +47,9 @@ class PairLearner:
         phase_start: steps taken before this phase.
         evaluated: iteration of the last evaluation, -1 before the first.
         best: best validation recall so far.
+
+    Raises:
+        ValueError: there is no such optimizer.
     """
 
     def __init__(
@@ -54,9 +62,11 @@ class PairLearner:
         lr_sim: float = 0.0,
         ema_decay: float = 0.0,
     ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer}; there are {', '.join(OPTIMIZERS)}")
         self.pairs, self.ema_decay = pairs, ema_decay
         self.averaged = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors()) if ema_decay else pairs
-        self.in_logs, self.lr_lr = optimizer == "adam", lr_lr
+        self.in_logs, self.lr_lr = optimizer in RELATIVE, lr_lr
         self.guard = Guard()
         self.iteration, self.phase_start, self.evaluated, self.best = 0, 0, -1, -math.inf
         self.named = {name: tensor.requires_grad_() for name, tensor in pairs.named().items()}
@@ -72,10 +82,7 @@ class PairLearner:
             {"params": [variable], "lr": by_name.get(name, lr_sim)}
             for name, variable in zip(self.named, self.moved.values(), strict=True)
         ]
-        if self.in_logs:
-            self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        else:
-            self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.5)
+        self.optimizer = OPTIMIZERS[optimizer](groups)
 
     @torch.no_grad()
     def step(self, gradient: Pairs) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from data.errors import InputError
 from utils import ranks
@@ -37,6 +38,38 @@ def pair_chunk_advice(pairs_at_a_time: int) -> str:
     return f"give --pair_chunk {pairs_at_a_time // 2}"
 
 
+class PairChunk:
+    """How many pairs of a student's step are in memory at a time; halved when a GPU's memory is full.
+
+    Args:
+        size: None for all pairs.
+        may_shrink: otherwise full memory is an error, as where --pair_chunk is given.
+    """
+
+    def __init__(self, size: int | None, may_shrink: bool):
+        self.size, self.may_shrink = size, may_shrink
+
+    def fit(self, call: Callable, batch_size: int):
+        """call(pair_chunk=…) at the present size, or at the first half of it, quarter … that fits.
+
+        Raises:
+            OutOfMemory: a single pair does not fit, the size may not shrink, or there are several ranks.
+        """
+        while True:
+            size = min(self.size or batch_size, batch_size)
+            try:
+                return guarded(
+                    lambda: call(pair_chunk=self.size),
+                    lambda size=size: pair_chunk_advice(size),
+                )
+            except OutOfMemory:
+                # One rank alone cannot change its chunk: the others wait for its part of the old one.
+                if not self.may_shrink or size == 1 or ranks.count() > 1:
+                    raise
+            self.size = size // 2
+            tqdm.write(f"CUDA is out of memory with {size} pairs at a time; going on with {self.size}")
+
+
 def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
     """The largest `pair_chunk` for the free memory of the pairs' GPU, by two short trials; None if all pairs fit.
 
@@ -63,7 +96,9 @@ def _fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **stud
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         batches = [torch.arange(min(2 * size, batch_size))] * TRIAL_STEPS
-        matching_gradient(loss_fn, params, params, pairs, batches, 0, size, **student)
+        matching_gradient(
+            loss_fn, start=params, target=params, pairs=pairs, batches=batches, seed=0, pair_chunk=size, **student
+        )
         return torch.cuda.max_memory_allocated(device) - before
 
     small, large = min(2, batch_size), min(4, batch_size)

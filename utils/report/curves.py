@@ -46,10 +46,11 @@ def _mean_chart(name, title, against, xlabel, history, levels):
 def _levels(history: History, known: dict) -> list[Level]:
     levels = []
     if 0 in history.evaluations:
-        levels.append(Level("initial pairs", history.evaluations[0]["r_mean"], MUTED, ":"))
+        levels.append(Level("initial pairs", history.evaluations[0]["r_mean"], colour=MUTED, dashes=":"))
     for i, row in enumerate(references(known)):
-        look = (GREEN, "--") if row["set"] == ALL_DATA else (ORANGE, DASHES[i % len(DASHES)])
-        levels.append(Level(row["name"], row["mean"]["r_mean"], *look))
+        is_all = row["set"] == ALL_DATA
+        dashes = "--" if is_all else DASHES[i % len(DASHES)]
+        levels.append(Level(row["name"], row["mean"]["r_mean"], colour=GREEN if is_all else ORANGE, dashes=dashes))
     return levels
 
 

@@ -69,12 +69,12 @@ def write_table_page(path: Path, sets: list[Path], rows: list[dict], command: st
         first = None if is_initial else next((s for s in [first_state(file), *initial] if _fits(s, synset)), None)
         groups.append(_group(file, first, synset, known if file.parent == run else {}))
     context = _run_context(run, read_history(run / "metrics.jsonl") if run else History(), known)
-    of_run = [file for file in sets if file.parent == run]
-    main = loaded[of_run[0] if of_run else sets[0]]
+    in_run = [file for file in sets if file.parent == run]
+    main = loaded[in_run[0] if in_run else sets[0]]
     dataset = main.settings.get("dataset", "an unnamed dataset")
     context |= {
         "title": f"{len(sets)} {'set' if len(sets) == 1 else 'sets'} of pairs from {dataset}",
-        "about": _name(of_run[0], main.settings) if of_run and len(sets) > 1 else None,
+        "about": _name(in_run[0], main.settings) if in_run and len(sets) > 1 else None,
         "command": command,
         "folder": None,
         "table_note": "Rates: of the image and of the text tower.",
@@ -102,8 +102,8 @@ def _group(file: Path, first: SynSet | None, synset: SynSet, known: dict) -> dic
     """A set for the template: title, pairs and what is to be said of them."""
     nearest = known.get("nearest", {})
     first = first if _fits(first, synset) else None
-    by_iteration = [s and nearest.get(str(s.settings.get("iteration"))) for s in (first, synset)]
-    group: PairGroup = pair_group(first, synset, *by_iteration)
+    nearest_first, nearest_shown = (s and nearest.get(str(s.settings.get("iteration"))) for s in (first, synset))
+    group: PairGroup = pair_group(first, synset, nearest_first, nearest_shown)
     note = None
     if first is None and str(synset.settings.get("method", "")).startswith("distilled"):
         note = f"The first state of these pairs, {FIRST}, is not beside the set, so there is no before to show."

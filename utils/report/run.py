@@ -18,6 +18,7 @@ from utils.report.words import ALL_DATA, TABLE_COLUMNS, table_cells
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
+    Evaluation,
     NonFiniteLoss,
     evaluate_retrieval,
     evaluate_synset,
@@ -28,7 +29,6 @@ from utils.sets import SynSet, load_synset, picture_grid
 
 NEAREST = 3  # captions shown of each pair
 MAP_PICTURES, SEARCH_PICTURES = 200, 50
-SIZES = "num_eval", "epoch_eval_train", "batch_train", "batch_size_test", "image_size", "temperature"
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Sources:
         captions, text_embed: of the real pairs; text_embed [N, D_text].
         validation, test: (RetrievalSet, text_embed [C, D_text]) each.
         factory, judge: `ModelFactory` of the experts, and of the networks that score sets.
+        evaluation: how these train.
         experts: trajectories; the map and the search take the first one's last snapshot.
         coresets: files of sets to compare with.
     """
@@ -53,6 +54,7 @@ class Sources:
     test: tuple
     factory: object
     judge: object
+    evaluation: Evaluation
     experts: list
     coresets: list[str]
 
@@ -87,7 +89,6 @@ class RunReport:
             check_installed()
         self.coresets = read_coresets(sources.coresets, sources.text_embed.shape[1]) if enabled else {}
         self.known = read_known(folder) if enabled else {}
-        self.sizes = [sources.settings[name] for name in SIZES]
         self.search_sample = take_sample(sources.test, SEARCH_PICTURES) if enabled else None
         self.set_features = None  # of the search's sample, by the last network trained on the set
 
@@ -149,7 +150,7 @@ class RunReport:
         """Recalls of networks trained on a set that is compared with; None, and a line, if their loss diverges."""
         seed += self.sources.settings["seed"]
         try:
-            return evaluate_synset(self.sources.judge, synset, retrieval, *self.sizes, seed)
+            return evaluate_synset(self.sources.judge, synset, retrieval, self.sources.evaluation, seed)
         except NonFiniteLoss as error:
             print(f"report: no row for {name}: {error}")
             return None
@@ -189,11 +190,14 @@ class RunReport:
         return model
 
     def _test_experts(self) -> list[dict]:
-        where = self.sources.settings["batch_size_test"], self.sources.factory.device
-        return [evaluate_retrieval(self._expert(e), *self.sources.test, *where) for e in self.sources.experts]
+        batch_size, device = self.sources.evaluation.batch_size_test, self.sources.factory.device
+        return [
+            evaluate_retrieval(self._expert(expert), *self.sources.test, batch_size, device)
+            for expert in self.sources.experts
+        ]
 
     def _sample_features(self, sample, model):
-        return sample.features(model, self.sources.settings["batch_size_test"], self.sources.factory.device)
+        return sample.features(model, self.sources.evaluation.batch_size_test, self.sources.factory.device)
 
     def _search(self, best: SynSet) -> dict:
         """What the search shows; the expert is the first one's last snapshot."""
@@ -215,7 +219,7 @@ class RunReport:
         pairs' image and text features together.
         """
         model = self._expert(self.sources.experts[0])
-        sizes = self.sources.settings["image_size"], self.sources.settings["batch_size_test"]
+        evaluation, device = self.sources.evaluation, self.sources.factory.device
         real = self._sample_features(take_sample(self.sources.validation, MAP_PICTURES), model)
         mean, axes, explained = principal_plane(torch.cat(real))
 
@@ -228,5 +232,7 @@ class RunReport:
         places = {"explained": explained, "real": place(real), "before": None}
         for name, synset in (("before", first), ("after", shown)):
             if synset is not None:
-                places[name] = place(pair_features(model, synset, *sizes, self.sources.factory.device))
+                places[name] = place(
+                    pair_features(model, synset, evaluation.image_size, evaluation.batch_size_test, device)
+                )
         return places

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.report.folder import History
-from utils.scoring import BEST_LOOK
+from utils.scoring import BEST_LOOK, mean_text, rates_text
 
 RECALL_COLUMNS = {
     **{"txt_r1": "TR@1", "txt_r5": "TR@5", "txt_r10": "TR@10"},
@@ -87,7 +87,7 @@ def headline(history: History, known: dict) -> list[dict]:
     if best:
         tiles.append({"label": f"best, iteration {best}", "value": _plus_minus(history.evaluations[best])})
     for row in references(known):
-        tiles.append({"label": row["name"], "value": f"{row['mean']['r_mean']:.1f} ± {row['std']['r_mean']:.1f}"})
+        tiles.append({"label": row["name"], "value": mean_text(row["mean"]["r_mean"], row["std"]["r_mean"])})
     return tiles
 
 
@@ -99,7 +99,7 @@ def references(known: dict) -> list[dict]:
 
 def _plus_minus(line: dict) -> str:
     std = line.get("Std/r_mean")
-    return f"{line['r_mean']:.1f}" + (f" ± {std:.1f}" if std is not None else "")
+    return f"{line['r_mean']:.1f}" if std is None else mean_text(line["r_mean"], std)
 
 
 def evaluation_rows(history: History) -> list[list[dict]]:
@@ -121,12 +121,12 @@ def table_cells(row: dict, with_best_look: bool = False) -> list[dict]:
         {"text": row["set"], "value": row["set"]},
         {"text": str(row.get("pairs", "all")), "value": row.get("pairs", 1e12)},
         {"text": row["image_encoder"], "value": row["image_encoder"]},
-        {"text": " ".join(f"{rate:.3g}" for rate in rates), "value": rates[0] if rates else -1},
+        {"text": rates_text(rates), "value": rates[0] if rates else -1},
         {"text": row["trains"], "value": row["trains"]},
     ]
     mean, std = row["mean"], row["std"]
     keys = [*RECALL_COLUMNS, *([f"{BEST_LOOK}r_mean"] if with_best_look else [])]
-    recalls = [(f"{mean[k]:.1f} ± {std[k]:.1f}", mean[k]) if k in mean else ("", -1) for k in keys]
+    recalls = [(mean_text(mean[k], std[k]), mean[k]) if k in mean else ("", -1) for k in keys]
     return texts + [{"text": text, "value": value} for text, value in recalls]
 
 

@@ -9,7 +9,7 @@ from utils.scoring.coresets import (
     kmeans,
     random_rows,
 )
-from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, evaluate_synset, look_epochs
+from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, Evaluation, evaluate_synset, look_epochs
 from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, pair_features
 from utils.scoring.retrieval import (
     evaluate_retrieval,
@@ -24,7 +24,10 @@ from utils.scoring.tables import (
     compare_rows,
     markdown_table,
     mean_and_std,
+    mean_text,
+    rates_text,
     recall_table,
+    row_of_set,
 )
 from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs
-from utils.scoring.tuning import choose_rates
+from utils.scoring.tuning import Rates, choose_rates

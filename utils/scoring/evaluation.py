@@ -1,6 +1,7 @@
 """Scoring a set of pairs: fresh models trained on it, and their recalls."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -23,58 +24,78 @@ def look_epochs(epochs: int, looks: int) -> list[int]:
     return [epochs * look // looks for look in range(1, looks + 1)]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How networks that score a set train, and how they are looked at.
+
+    Attributes:
+        num_eval: fresh networks.
+        epochs, batch_size, temperature: of their training, see `train_on_pairs`.
+        batch_size_test: pictures at a time where nothing trains.
+        image_size: side of the square input in pixels.
+        looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
+            numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
+    """
+
+    num_eval: int
+    epochs: int
+    batch_size: int
+    batch_size_test: int
+    image_size: int
+    temperature: float
+    looks: int = 0
+
+
 def evaluate_synset(
-    factory,
-    synset: SynSet,
-    retrieval,
-    num_eval: int,
-    epochs: int,
-    batch_size: int,
-    batch_size_test: int,
-    image_size: int,
-    temperature: float,
-    seed: int,
-    on_model: Callable | None = None,
-    looks: int = 0,
+    factory, synset: SynSet, retrieval, evaluation: Evaluation, seed: int, on_model: Callable | None = None
 ) -> list[dict[str, float]]:
-    """Recalls of `num_eval` fresh models, each trained on the set alone with the set's rates, shared by the ranks.
+    """Recalls of fresh models, each trained on the set alone with the set's rates, shared by the ranks.
 
     Args:
         factory: `ModelFactory` of the encoders to train.
         retrieval: (RetrievalSet, text_embed [C, D_text]) to measure recall on, see also `embedded_once`.
+        evaluation: how many models, and how they train.
         seed: model k starts from seed + k.
         on_model: called with each model that this rank trains; the next one takes its storage. The last one is
             rank 0's.
-        looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
-            numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
 
     Raises:
         NonFiniteLoss: on every rank, the loss of a network became infinite or not a number.
     """
-    at_epochs = look_epochs(epochs * synset.phases, looks or 1)
-    images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
+    at_epochs = look_epochs(evaluation.epochs * synset.phases, evaluation.looks or 1)
+    images = fit_images(synset, evaluation.image_size, factory.encoder.mean, factory.encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
     text_embed = synset.text_syn.float().to(factory.device)
     targets = None if synset.targets is None else synset.targets.float().to(factory.device)
     if not factory.image_trainable:
-        images = _embedded(factory.fresh(seed), images, batch_size_test)
-    rates = synset.syn_lr_img, synset.syn_lr_txt
+        images = _embedded(factory.fresh(seed), images, evaluation.batch_size_test)
 
     def train_and_look(k: int) -> dict[str, float]:
-        model, seen = factory.fresh(seed + k, PairLoss(synset.loss_type, temperature)), []
+        model, seen = factory.fresh(seed + k, PairLoss(synset.loss_type, evaluation.temperature)), []
 
         def look(epoch):
             if epoch in at_epochs:
-                seen.append(evaluate_retrieval(model, *retrieval, batch_size_test, factory.device))
+                seen.append(evaluate_retrieval(model, *retrieval, evaluation.batch_size_test, factory.device))
 
-        length = epochs, batch_size, seed + k
-        loss = train_on_pairs(model, images, text_embed, *rates, *length, targets, synset.phases, look)
+        loss = train_on_pairs(
+            model,
+            images,
+            text_embed,
+            lr_img=synset.syn_lr_img,
+            lr_txt=synset.syn_lr_txt,
+            epochs=evaluation.epochs,
+            batch_size=evaluation.batch_size,
+            seed=seed + k,
+            targets=targets,
+            phases=synset.phases,
+            on_epoch=look,
+        )
         if on_model is not None:
             on_model(model)
-        best = max(seen, key=lambda recall: recall["r_mean"]) if looks else {}
+        best = max(seen, key=lambda recall: recall["r_mean"]) if evaluation.looks else {}
         return {**seen[-1], "train_loss": loss, **{BEST_LOOK + key: value for key, value in best.items()}}
 
-    results = ranks.spread(_finite_or_error(train_and_look), range(num_eval))
+    results = ranks.spread(_finite_or_error(train_and_look), range(evaluation.num_eval))
     for result in results:
         if isinstance(result, NonFiniteLoss):
             raise result

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.image_cache import file_marks
 from data.pairs import READING, PictureViews, epoch_generator, load_images, pair_loader
 from data.transforms import normalize, train_transform
 from utils import ranks
-from utils.files import open_tensors, save_tensors
+from utils.files import open_tensors, save_tensors, tensor_bytes
 
 KIND = "image features"
 VIEW_SEED = 0  # of the augmented views
@@ -57,8 +58,9 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     Read from `cache_dir` if the same encoder saw the same files before, by weights, names, sizes and times.
     A damaged cache file is made anew and a folder that cannot be written to is no error: one printed line.
     """
-    rule = f"{image_size}"
-    return _cached(lambda: _encode(paths, encoder, image_size, batch_size, device), rule, paths, encoder, cache_dir)
+    return _cached(
+        lambda: _encode(paths, encoder, image_size, batch_size, device), f"{image_size}", paths, encoder, cache_dir
+    )
 
 
 def embedded_once(retrieval, factory, batch_size: int, cache_dir):
@@ -70,8 +72,14 @@ def embedded_once(retrieval, factory, batch_size: int, cache_dir):
     if factory.image_trainable:
         _ = whole.images  # read now: an unreadable one must not end a run when its split is scored at last
         return retrieval
-    sizes = whole.image_size, batch_size
-    image_embed = embed_images(whole.pictures, factory.encoder, *sizes, factory.device, cache_dir)
+    image_embed = embed_images(
+        whole.pictures,
+        factory.encoder,
+        image_size=whole.image_size,
+        batch_size=batch_size,
+        device=factory.device,
+        cache_dir=cache_dir,
+    )
     return replace(whole, image_embed=image_embed.to(factory.device)), text_embed
 
 
@@ -182,8 +190,6 @@ def _cache_key(rule: str, paths, encoder) -> str:
     digest = hashlib.sha256(f"{rule} {READING} {encoder.mean} {encoder.std} {encoder}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(tensor_bytes(value))
+    digest.update(file_marks(paths))
     return digest.hexdigest()

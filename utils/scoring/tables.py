@@ -7,10 +7,12 @@ and `looks` if the best of some looks at the test split is among its numbers; th
 """
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.scoring.evaluation import BEST_LOOK
 from utils.scoring.retrieval import RECALLS
+from utils.sets import SynSet
 
 ALL_DATA = "all data"
 COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
@@ -20,6 +22,16 @@ def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dic
     """Means and population standard deviations of each number over the models."""
     columns = {key: [result[key] for result in results] for key in results[0]}
     return {k: statistics.fmean(v) for k, v in columns.items()}, {k: statistics.pstdev(v) for k, v in columns.items()}
+
+
+def mean_text(mean: float, std: float) -> str:
+    """ "12.3 ± 0.4", recalls in per cent."""
+    return f"{mean:.1f} ± {std:.1f}"
+
+
+def rates_text(rates: Sequence[float]) -> str:
+    """ "0.01 0.1", of the image and of the text tower."""
+    return " ".join(f"{rate:.3g}" for rate in rates)
 
 
 def recall_table(
@@ -35,7 +47,7 @@ def recall_table(
     lines = [head, ["---"] * len(head)]
     for name, results in rows.items():
         mean, std = mean_and_std(results)
-        cells = (f"{mean[key]:.1f} ± {std[key]:.1f}" if key in mean else "" for key in keys)
+        cells = (mean_text(mean[key], std[key]) if key in mean else "" for key in keys)
         lines.append([*([name] if isinstance(name, str) else name), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -56,10 +68,28 @@ def markdown_table(rows: list[dict]) -> str:
     names = _names(rows)
     table = {}
     for row in rows:
-        rates = " ".join(f"{rate:.3g}" for rate in row.get("rates", []))
+        rates = rates_text(row.get("rates", []))
         label = names[row["set"]] if row["set"] == ALL_DATA else f"{names[row['set']]} ({_made(row)})"
         table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
     return recall_table(table, COLUMNS, best_look_name(rows))
+
+
+def row_of_set(
+    path: str, synset: SynSet, image_encoder: str, trains: str, texts: str, results: list[dict], looks: int = 0
+) -> dict:
+    """The row of a set on one image encoder; see above for its parts."""
+    row = {
+        "set": path,
+        "method": synset.settings["method"],
+        "pairs": len(synset.captions),
+        "image_encoder": image_encoder,
+        "trains": trains,
+        "rates": [synset.syn_lr_img, synset.syn_lr_txt],
+        "loss_type": synset.loss_type,
+        "texts": texts,
+        "results": results,
+    }
+    return {**row, "looks": looks} if looks else row
 
 
 def as_numbers(row: dict) -> dict:

@@ -143,13 +143,21 @@ def train_on_pairs(
         indices = rows[torch.randperm(len(rows), generator=order)].to(images.device).split(batch_size)
         return ((images[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
 
-    recipe = {"momentum": 0.9, "weight_decay": 5e-4, "decay": True}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         losses = []
         for rows in phase_rows(len(images), phases):
-            of_phase = functools.partial(batches, rows)
-            for _, (loss, _) in train_epochs(model, of_phase, epochs, lr_img, lr_txt, **recipe):
+            training = train_epochs(
+                model,
+                functools.partial(batches, rows),
+                epochs=epochs,
+                lr_img=lr_img,
+                lr_txt=lr_txt,
+                momentum=0.9,
+                weight_decay=5e-4,
+                decay=True,
+            )
+            for _, (loss, _) in training:
                 losses.append(loss)
                 if on_epoch is not None:
                     on_epoch(len(losses))

@@ -3,14 +3,22 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from data.errors import InputError
 from utils import ranks
+from utils.scoring.tables import rates_text
 from utils.scoring.training import NonFiniteLoss
 
-Rates = tuple[float, float]  # of the image tower, of the text tower
 TOWERS = {"image": "--grid_img", "text": "--grid_txt"}
 EXTENSIONS = 1  # times that a grid is extended where a set does best at its edge
+
+
+class Rates(NamedTuple):
+    """What the two towers train with."""
+
+    image: float
+    text: float
 
 
 def choose_rates(
@@ -33,12 +41,13 @@ def choose_rates(
     found: dict[str, dict[Rates, float]] = {name: {} for name in own}
     lines = []
     for extension in range(EXTENSIONS + 1):
-        candidates = dict.fromkeys([*own.values(), *itertools.product(*grids)])
+        candidates = dict.fromkeys([*own.values(), *itertools.starmap(Rates, itertools.product(*grids))])
         new = [(name, rates) for name in own for rates in candidates if rates not in found[name]]
-        for (name, rates), value in zip(new, ranks.spread(lambda c: _finite(recall, *c), new), strict=True):
+        recalls = ranks.spread(lambda candidate: _finite(recall, *candidate), new)
+        for (name, rates), value in zip(new, recalls, strict=True):
             found[name][rates] = value
             if value == -math.inf:
-                lines.append(f"{name}: rates of {_text(rates)} diverge and are left out")
+                lines.append(f"{name}: rates of {rates_text(rates)} diverge and are left out")
         best = {name: max(values, key=values.get) for name, values in found.items()}
         for name, rates in best.items():
             if found[name][rates] == -math.inf:
@@ -77,7 +86,3 @@ def _edge_lines(name: str, rates: Rates, grids: list[list[float]]) -> list[str]:
         for (tower, flag), rate, grid in zip(TOWERS.items(), rates, grids, strict=True)
         if _edge(rate, grid)
     ]
-
-
-def _text(rates: Rates) -> str:
-    return " ".join(f"{rate:.3g}" for rate in rates)

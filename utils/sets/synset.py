@@ -9,6 +9,7 @@ import torch
 from data.errors import InputError
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.sets.pairs import Pairs
 from utils.sets.released import is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
@@ -52,6 +53,38 @@ class SynSet:
     def targets(self) -> torch.Tensor | None:
         """The soft targets S [M, M]; None for hard ones."""
         return similarity_matrix(self.similarity, self.alpha)
+
+
+def as_synset(pairs: Pairs, captions: list[str], encoder, settings: dict, iteration: int) -> SynSet:
+    """A copy of pairs that a run learns, with all that is needed to train on them elsewhere.
+
+    Args:
+        captions: see `SynSet`.
+        encoder: the image encoder whose normalisation the pixels have.
+        settings: of the run: its command line by name.
+        iteration: steps that the pairs have taken; the set of 0 is the initial one.
+    """
+    if not iteration:
+        method = "initial"
+    elif settings["image_only"]:
+        method = "distilled images"
+    else:
+        method = "distilled texts" if settings["text_only"] else "distilled"
+    pairs = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors())
+    return SynSet(
+        image_syn=pairs.image_syn,
+        text_syn=pairs.text_syn,
+        syn_lr_img=pairs.syn_lr_img.item(),
+        syn_lr_txt=pairs.syn_lr_txt.item(),
+        captions=captions,
+        mean=encoder.mean,
+        std=encoder.std,
+        settings={**settings, "method": method, "iteration": iteration},
+        similarity=pairs.similarity,
+        alpha=settings["alpha"],
+        loss_type=settings["loss_type"],
+        phases=settings["phases"],
+    )
 
 
 def save_synset(path: str | Path, synset: SynSet) -> None:

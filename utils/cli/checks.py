@@ -1,0 +1,66 @@
+"""Flags that do not go together, refused before anything is read. Every function raises InputError."""
+
+from data.errors import InputError
+from utils.scoring import look_epochs
+from utils.sets import is_released
+
+# Flags of evaluate.py without effect beside --export and --export_pt.
+TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
+
+
+def check_first_pairs(args) -> None:
+    """Of distill.py: first pairs that cannot be, or if nothing is learned, or noise stays as it is."""
+    if args.image_only and args.text_only:
+        raise InputError("--image_only and --text_only exclude each other; give one, or neither to learn both")
+    if args.init_set and args.pix_init == "kmeans":
+        raise InputError("--init_set and --pix_init kmeans both give the first pairs; drop one")
+    if args.pix_init == "kmeans":
+        check_encoder_features(args, "--pix_init kmeans")
+    if (args.image_only and args.txt_init == "noise") or (args.text_only and args.pix_init == "noise"):
+        raise InputError("the modality that is not learned must start from real values; drop its noise init")
+
+
+def check_targets(args) -> None:
+    """Of distill.py: soft targets, blending or phases that do not go with the rest."""
+    if args.sim_type != "none" and args.loss_type == "InfoNCE":
+        raise InputError(f"--loss_type InfoNCE has hard targets; give NCE, BCE or WBCE with --sim_type {args.sim_type}")
+    if args.blend_alpha and args.image_trainable:
+        raise InputError("--blend_alpha mixes what a frozen image encoder gives; add --image_trainable False")
+    if args.phases > args.num_queries:
+        raise InputError(f"--phases {args.phases} is more than the {args.num_queries} pairs; lower it")
+
+
+def check_coreset(args) -> None:
+    """Of coreset.py: flags with which the method cannot work."""
+    if args.output and not args.output.endswith(".safetensors"):
+        raise InputError(f"--output {args.output} must end in .safetensors")
+    if args.method == "forgetting" and args.train_epochs < 2:
+        raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
+    if args.method == "forgetting" and args.batch_size_train < 2:
+        raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
+    if args.method in ("herding", "kcenter", "kmeans") and args.features != "text":
+        check_encoder_features(args, f"--features {args.features}", " or use --features text")
+
+
+def check_encoder_features(args, flag: str, way_out: str = "") -> None:
+    """`flag` would compare features of an image encoder that has learned nothing."""
+    if not (args.image_pretrained or args.image_checkpoint):
+        raise InputError(
+            f"{flag} needs a pretrained image encoder; drop --no_image_pretrained, give --image_checkpoint{way_out}"
+        )
+
+
+def check_looks(args) -> None:
+    """Of evaluate.py: more looks than epochs."""
+    if args.looks:
+        look_epochs(args.epoch_eval_train, args.looks)
+
+
+def check_export(args) -> None:
+    """Of evaluate.py: what would have no effect beside --export or --export_pt, or sets that the latter cannot take."""
+    flag = "--export" if args.export else "--export_pt"
+    given = [name for name in TABLE_FLAGS if getattr(args, name)] + (["texts"] if args.texts != "learned" else [])
+    if given:
+        raise InputError(f"{flag} trains nothing and writes the sets as they are; leave out --{given[0]}")
+    if args.export_pt and (args.export or len(set(args.synset)) > 1 or not is_released(args.export_pt)):
+        raise InputError("--export_pt takes one set, a file that ends in .pt, and no --export beside it")

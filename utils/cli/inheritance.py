@@ -1,0 +1,138 @@
+"""What evaluate.py takes over from the sets that it scores, and what these must have in common."""
+
+import argparse
+import itertools
+from dataclasses import replace
+
+from data.errors import InputError
+from utils.cli.recipes import DEMO_DATA, recipe_defaults
+from utils.experts import LORA
+from utils.sets import SynSet, is_released, load_synset
+
+# Settings of the first set that are this run's defaults.
+INHERITED = (
+    *("dataset", "image_root", "ann_root", "image_size", "skip_broken", "cache_dir", "batch_size_test", "seed"),
+    "split_seed",
+    *("text_encoder", "text_pretrained", "text_pooling", "num_eval"),
+)
+# How the networks of one table train: the flag's value, else what all distilled sets say, else the flag's own default.
+PROTOCOL = ("epoch_eval_train", "batch_train", "temperature")
+# Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
+OF_ENCODER = {
+    **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
+    "only_has_image_projection": False,
+    **dict.fromkeys(LORA),
+}
+# What the sets of one table share: splits, and where the texts come from; with --texts nearest the splits alone.
+SPLITS = "dataset", "split_seed"
+SHARED = (*SPLITS, "text_encoder", "text_pooling", "text_pretrained")
+# What every set says of how it was made.
+MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
+
+
+def load_set(path: str) -> SynSet:
+    """Reads a set. Raises InputError if it cannot be read, or is one of ours and does not say how it was made."""
+    synset = load_synset(path)
+    lacking = [key for key in MADE_WITH if key not in synset.settings]
+    if lacking and not is_released(path):
+        raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
+    return synset
+
+
+def settings_of_first_set(args) -> dict:
+    """Defaults from the first set; the parser's own if that does not say how it was made."""
+    settings = load_set(args.synset[0]).settings
+    if is_released(args.synset[0]):
+        named = args.image_encoder or "nfnet"
+        return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
+    inherited = {key: settings[key] for key in INHERITED if key in settings}
+    if inherited["dataset"] == "demo":
+        demo = recipe_defaults("evaluate.py", "demo", None)
+        inherited = {key: value for key, value in demo.items() if key in vars(args)} | inherited
+    return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
+
+
+def protocol_of_sets(args, usual: dict) -> dict:
+    """Defaults for `PROTOCOL`, whatever the order of the sets, and where they come from.
+
+    Raises InputError if distilled sets ask for different ones and no flag decides.
+    """
+    settings = {path: load_set(path).settings for path in args.synset}
+    distilled = {path: made for path, made in settings.items() if PROTOCOL[0] in made}  # a coreset was never scored
+    values, sources, conflicts = {}, [], []
+    for key in PROTOCOL:
+        asked = {path: made[key] for path, made in distilled.items() if key in made}
+        values[key] = next(iter(asked.values()), usual[key])
+        if getattr(args, key) is not None:
+            sources.append(f"--{key} is given")
+        elif len(set(asked.values())) > 1:
+            path, other = next(pair for pair in itertools.combinations(asked, 2) if asked[pair[0]] != asked[pair[1]])
+            conflicts.append(f"--{key} ({path}: {asked[path]}, {other}: {asked[other]})")
+    if conflicts and not (args.export or args.export_pt):
+        raise InputError(
+            f"these sets were scored in different ways, and the networks of one table train alike: give "
+            f"{' and '.join(conflicts)}"
+        )
+    if len(sources) < len(PROTOCOL):
+        sources.append(f"as {next(iter(distilled))} was scored" if distilled else "the defaults")
+    return {**values, "protocol": ", else ".join(sources)}
+
+
+def with_flags(synset: SynSet, args) -> SynSet:
+    """The set with the rates and the loss of the command line where it gives them."""
+    return replace(
+        synset,
+        syn_lr_img=args.syn_lr_img or synset.syn_lr_img,
+        syn_lr_txt=args.syn_lr_txt or synset.syn_lr_txt,
+        loss_type=args.loss_type or synset.loss_type,
+    )
+
+
+def check_shared(synsets: dict[str, SynSet], args) -> None:
+    """Raises InputError if a set belongs to another dataset or text encoder, or has no captions to embed."""
+    for path, synset in synsets.items():
+        _check_shared(path, synset, args)
+
+
+def _check_shared(path: str, synset: SynSet, args) -> None:
+    if is_released(path):  # it does not say
+        if args.texts == "nearest":
+            raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
+        return
+    made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
+    for key in SHARED if args.texts == "learned" else SPLITS:
+        if made_with.get(key) != getattr(args, key):
+            raise InputError(
+                f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
+                "sets of one table share dataset, splits and text encoder, but see --texts nearest"
+            )
+
+
+def check_widths(synsets: dict[str, SynSet], text_dim: int, args) -> None:
+    """Raises InputError if a set's text embeddings are not the text encoder's."""
+    for path, synset in synsets.items():
+        if synset.text_syn.shape[1] != text_dim:
+            raise InputError(
+                f"{path} holds text embeddings of width {synset.text_syn.shape[1]}, --text_encoder {args.text_encoder} "
+                f"gives {text_dim}; use the text encoder it was made with, or --texts nearest"
+            )
+
+
+def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
+    """The command line for each image encoder alone, by its name; see `OF_ENCODER`."""
+    names, checkpoints = args.image_encoder, args.image_checkpoint or []
+    if checkpoints and len(checkpoints) != len(names):
+        raise InputError(
+            f"--image_checkpoint has {len(checkpoints)} values for {len(names)} image encoders; "
+            "give one for each, 'none' for published weights"
+        )
+    by_encoder = {}
+    known = [synset.settings for synset in synsets] + ([DEMO_DATA] if args.dataset == "demo" else [])
+    for i, name in enumerate(names):
+        made_with = next((settings for settings in known if settings.get("image_encoder") == name), {})
+        values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
+        values |= {key: getattr(args, key) for key in OF_ENCODER if getattr(args, key) not in (None, {})}
+        if checkpoints:
+            values["image_checkpoint"] = None if checkpoints[i] == "none" else checkpoints[i]
+        by_encoder[name] = argparse.Namespace(**{**vars(args), "image_encoder": name, **values})
+    return by_encoder

@@ -1,0 +1,20 @@
+"""From a command line to data, models and pairs: with the scripts and utils/cli, the only place that reads `args`."""
+
+from utils.setup.data import (
+    Data,
+    expert_loader,
+    find_split,
+    make_text_encoder,
+    open_data,
+    retrieval_pairs,
+)
+from utils.setup.first_pairs import encoder_features, initial_pairs, rates_to_fit
+from utils.setup.networks import (
+    describe_training,
+    expert_training,
+    find_device,
+    lora_of,
+    make_evaluation,
+    make_factory,
+)
+from utils.setup.student import make_draws, make_learner, make_student_loss

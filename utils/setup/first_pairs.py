@@ -1,0 +1,90 @@
+"""The pairs that distillation starts from: real ones, those of a set, or noise."""
+
+import torch
+
+from data.errors import InputError
+from data.pairs import PairDataset, load_images
+from data.transforms import normalize
+from utils.matching import FIT
+from utils.scoring import embed_images, kmeans, pair_features, random_rows
+from utils.sets import Pairs, SynSet, initial_similarity, load_synset
+
+
+def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, device) -> torch.Tensor:
+    """Features [rows, D] of the real pairs, see `pair_features`; pictures are encoded only if they are needed."""
+    image_embed = None
+    if kind != "text":
+        image_embed = embed_images(
+            real.paths,
+            encoder,
+            image_size=args.image_size,
+            batch_size=args.batch_size_test,
+            device=device,
+            cache_dir=args.cache_dir,
+        )
+    return pair_features(kind, image_embed, real_embed, real.row_to_image)
+
+
+def initial_pairs(args, real: PairDataset, real_embed, encoder, device) -> Pairs:
+    """Pairs of --init_set, or real pairs of distinct pictures: one random caption each, or the prototypes of k-means.
+
+    Noise in the place of either modality has the mean and spread of the real ones.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.init_set:
+        first = fitting_set(args, encoder, real_embed.shape[1])
+        image_syn, text_syn = first.image_syn.float(), first.text_syn.float()
+    else:
+        if args.pix_init == "kmeans":
+            features = encoder_features(args, "joint", real, real_embed, encoder, device)
+            rows = kmeans(features, real.row_to_image, args.num_queries, generator)[0]
+        else:
+            rows = random_rows(real.row_to_image, args.num_queries, generator)
+        text_syn = real_embed[rows]
+        if args.pix_init != "noise":
+            images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
+            image_syn = normalize(images, encoder.mean, encoder.std)
+    if args.pix_init == "noise":
+        image_syn = torch.randn(args.num_queries, 3, args.image_size, args.image_size, generator=generator)
+    if args.txt_init == "noise":
+        text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
+    similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
+    return Pairs(
+        image_syn=image_syn.to(device, memory_format=torch.channels_last),
+        text_syn=text_syn.to(device),
+        syn_lr_img=first_rate(args.lr_teacher_img).to(device),
+        syn_lr_txt=first_rate(args.lr_teacher_txt).to(device),
+        similarity=tuple(part.to(device) for part in similarity),
+    )
+
+
+def first_rate(given: float | str) -> torch.Tensor:
+    """1 stands for a rate that is fitted when experts and student are known."""
+    return torch.tensor(1.0 if given == FIT else given)
+
+
+def rates_to_fit(args) -> list[str]:
+    """The names, as in `Pairs`, of the first rates that are not given but to be fitted."""
+    given = {"syn_lr_img": args.lr_teacher_img, "syn_lr_txt": args.lr_teacher_txt}
+    return [name for name, rate in given.items() if rate == FIT]
+
+
+def fitting_set(args, encoder, text_dim: int) -> SynSet:
+    """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
+    synset = load_synset(args.init_set)
+    height, width = synset.image_syn.shape[2:]
+    parts = [
+        ("number of pairs", len(synset.image_syn), args.num_queries),
+        ("picture size", f"{height} x {width}", f"{args.image_size} x {args.image_size}"),
+        ("text width", synset.text_syn.shape[1], text_dim),
+        ("mean and std", (synset.mean, synset.std), (tuple(encoder.mean), tuple(encoder.std))),
+    ]
+    made = synset.settings
+    parts += [(key, made[key], getattr(args, key)) for key in ("text_encoder", "text_pooling") if key in made]
+    for name, found, wanted in parts:
+        if found != wanted:
+            raise InputError(
+                f"--init_set {args.init_set} does not fit: its {name} is {found}, that of this run {wanted}; "
+                "change the run or give another set"
+            )
+    return synset
