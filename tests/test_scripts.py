@@ -13,7 +13,7 @@ import torch
 import buffer
 import distill
 import evaluate
-import utils.setup
+import utils.setup.data
 from data.demo import make_demo
 from utils.experts.trajectory import Trajectory
 from utils.matching.learner import PairLearner
@@ -251,7 +251,7 @@ def test_interrupted_run_is_saved_and_resumes(straight, run_distill, tmp_path, c
 
 
 def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.setup, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
+    monkeypatch.setattr(utils.setup.data, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
     monkeypatch.chdir(tmp_path)
     quick = ["--dataset", "demo", "--disabled_wandb", "--train_epochs", "1", "--num_experts", "1"]
     assert buffer.main(quick) == 0
