@@ -20,7 +20,7 @@ from utils.device import describe_device
 from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.log import open_log
-from utils.scoring import device_batches, embedded_once, evaluate_retrieval, train_epochs
+from utils.scoring import counted, device_batches, embedded_once, evaluate_retrieval, train_epochs
 from utils.setup import describe_training, expert_loader, expert_training, find_device, open_data
 
 # Experts in one folder are trained in one way: what these settings say.
@@ -199,7 +199,7 @@ def describe_experts(folder: Path, count: int) -> str:
     # The spread tells an expert that went astray.
     last = sorted(recall[-1]["r_mean"] for recall in recalls)
     span = f"{last[0]:.1f}" if count == 1 else f"{last[0]:.1f} to {last[-1]:.1f}"
-    experts, epochs = (f"{n} {noun}{'s' * (n > 1)}" for n, noun in ((count, "expert"), (len(recalls[0]), "epoch")))
+    experts, epochs = counted(count, "expert"), counted(len(recalls[0]), "epoch")
     return f"{experts} of {epochs}, validation mean {span}, in {folder}; numbers in {folder / 'metrics.jsonl'}"
 
 

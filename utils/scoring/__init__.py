@@ -22,6 +22,7 @@ from utils.scoring.tables import (
     as_numbers,
     best_look_name,
     compare_rows,
+    counted,
     markdown_table,
     mean_and_std,
     mean_text,

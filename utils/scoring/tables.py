@@ -122,7 +122,7 @@ def _names(rows: list[dict]) -> dict[str, str]:
     names = set_names(list(dict.fromkeys(row["set"] for row in rows if row["set"] != ALL_DATA)))
     for row in rows:
         if row["set"] == ALL_DATA:
-            names[ALL_DATA] = f"{ALL_DATA} ({_count(row['experts'], 'expert')}, {_count(row['epochs'], 'epoch')})"
+            names[ALL_DATA] = f"{ALL_DATA} ({counted(row['experts'], 'expert')}, {counted(row['epochs'], 'epoch')})"
     return names
 
 
@@ -131,5 +131,6 @@ def _made(row: dict) -> str:
     return ", ".join([row["method"], *loss, *([] if row["texts"] == "learned" else [f"{row['texts']} captions"])])
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """ "1 expert", "2 experts"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

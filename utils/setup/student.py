@@ -8,6 +8,7 @@ from utils.student import StudentLoss
 
 
 def make_student_loss(args, model: CLIPModel) -> StudentLoss:
+    """The loss whose gradient the student of `model` steps with."""
     return StudentLoss(model, alpha=args.alpha, blend_alpha=args.blend_alpha)
 
 
