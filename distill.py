@@ -290,8 +290,7 @@ def saved_when_stopped(run: Distillation):
         # After another InputError the pairs may be spoilt: the set of the last evaluation stays.
         if isinstance(error, (OutOfMemory, ranks.RankLost, KeyboardInterrupt)):
             run.save()
-        last = run.folder / "last.safetensors"
-        if last.exists():
+        if (last := run.folder / "last.safetensors").exists():
             print(f"stopped at iteration {run.learner.iteration}; the last good set is {last}")
         raise
     finally:
