@@ -16,12 +16,13 @@ from data.errors import InputError
 from networks.clip_model import trained_parameters
 from networks.loss import LOSS_TYPES, PairLoss
 from utils import cli, ranks
+from utils.cli.checks import check_encoders
 from utils.device import describe_device
 from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.log import open_log
 from utils.scoring import counted, device_batches, embedded_once, evaluate_retrieval, train_epochs
-from utils.setup import describe_training, expert_loader, expert_training, find_device, open_data
+from utils.setup import args_of_encoders, describe_training, expert_loader, expert_training, find_device, open_data
 
 # Experts in one folder are trained in one way: what these settings say.
 EXPERT_SETTINGS = (
@@ -85,6 +86,13 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    check_encoders(args)
+    for own_args in args_of_encoders(args):
+        train_experts(own_args)
+
+
+def train_experts(args) -> None:
+    """Trains the experts of one image encoder that are not there yet."""
     # What is there is kept: the same command goes on where it was stopped, and a larger --num_experts adds some.
     # Rank 0 looks, so that all agree on what is missing.
     folder = buffer_folder(args.buffer_path, vars(args))

@@ -10,24 +10,22 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data.errors import InputError
-from networks.clip_model import trained_parameters
-from networks.loss import PairLoss
 from utils import cli, ranks
-from utils.cli.checks import check_first_pairs, check_targets
+from utils.cli.checks import check_encoders, check_first_pairs, check_targets
 from utils.cli.errors import guarded_scoring
 from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
-from utils.experts import check_epochs, check_loss, find_trajectories, stored_lora
+from utils.experts import stored_lora
 from utils.log import open_log
 from utils.matching import OutOfMemory, PairChunk, Prefetch, fit_first_rates, fit_pair_chunk, iteration_numbers
 from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
     VALIDATION_SEED,
-    embedded_once,
     evaluate_synset,
     mean_and_std,
     nearest_captions,
@@ -35,18 +33,21 @@ from utils.scoring import (
 )
 from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
-    describe_training,
+    Backbone,
+    args_of_encoders,
+    encoder_names,
     find_device,
-    initial_pairs,
-    make_draws,
+    first_pairs,
     make_evaluation,
-    make_factory,
     make_learner,
     make_student_loss,
+    mean_share,
+    open_backbones,
     open_data,
+    pairs_of_encoder,
     rates_to_fit,
 )
-from utils.student import check_shares, mean_matching
+from utils.student import check_shares, mean_matching, mean_over_encoders
 
 
 def parse_args(argv=None):
@@ -72,10 +73,11 @@ def distill(run: "Distillation") -> None:
             break
 
         # With --phases, each part of the pairs is a run of its own, from later epochs of the experts than the last.
-        if run.draws.begins_phase(learner.iteration):
+        if run.backbones[0].draws.begins_phase(learner.iteration):
             learner.begin_phase()
 
-        # Pick an expert and a start epoch s, and the mini-batches of pairs that the student will see: --segments times.
+        # Pick an expert and a start epoch s, and the mini-batches of pairs that the student will see: --segments times,
+        # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
@@ -83,7 +85,12 @@ def distill(run: "Distillation") -> None:
         # The gradient goes back through every step into pictures, texts and rates.
         # The three are one call: steps are taken again on the way back, so that the memory is that of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
-        matching = run.within_memory(mean_matching, segments, pairs=learner.pairs)
+        matchings = {
+            number: run.within_memory(mean_matching, number, drawn, pairs=pairs_of_encoder(learner.pairs, number))
+            for number, drawn in segments.items()
+        }
+        losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
+        matching = mean_over_encoders(matchings, len(run.backbones))
 
         # A gradient far outside what the run has seen is cut: one bad iteration must not throw the run away
         # (utils/matching/guard.py).
@@ -91,13 +98,14 @@ def distill(run: "Distillation") -> None:
 
         # The step of the pairs and their rates, by SGD with momentum or Adam.
         learner.step(gradient)
-        run.log_iteration(matching, segments, warnings)
+        run.log_iteration(matching, segments, losses, warnings)
 
 
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     # Refused before anything is read: flags that do not go together, and a folder that holds another run.
+    check_encoders(args)
     check_first_pairs(args)
     check_targets(args)
     check_run_folder(args)
@@ -117,90 +125,85 @@ class Distillation:
         self.args, self.folder, self.device = args, Path(args.save_dir), find_device(args)
         print(describe_device(self.device))
 
-        # What is read, downloaded and cached; the judge gives the networks that score sets.
-        data = open_data(args, scored=("val", "test"), num_queries=args.num_queries)
-        self.real, self.real_embed, self.factory = data.real, data.real_embed, data.factory
-        self.judge = make_factory(args, self.factory.text_dim, train_in_full=True) if args.eval_full else self.factory
-
-        # A model to match the experts with; what trains in it must be what they hold.
-        model = self.factory.fresh(args.seed, PairLoss(args.loss_type, args.student_temperature))
-        start = trained_parameters(model)
-        training = describe_training(self.factory, model)
-        self.settings = {**vars(args), **training}
-        self.experts = find_trajectories(args.buffer_path, self.settings, start, args.max_files, args.max_experts)
-        check_epochs(self.experts, args.max_start_epoch, args.expert_epochs, args.phases, args.shortcut)
-        check_loss(self.experts, args.loss_type)
-
-        # A frozen encoder sees the scored pictures once for all evaluations.
-        self.validation, self.test = (
-            embedded_once(data.scored[split], self.judge, args.batch_size_test, args.cache_dir)
-            for split in ("val", "test")
-        )
+        # What is read, downloaded and cached, and each image encoder with its experts.
+        data = open_data(args_of_encoders(args)[0], scored=("val", "test"), num_queries=args.num_queries)
+        self.real, self.real_embed = data.real, data.real_embed
+        self.backbones = open_backbones(args, data)
+        self.settings = {**vars(args), **self.backbones[0].training}
 
         # The synthetic pairs. What ranks draw is the same on all, what they compute may differ in the last bit.
-        self.pairs = initial_pairs(args, self.real, self.real_embed, self.factory.encoder, self.device)
+        self.pairs, self.form = first_pairs(args, self.real, self.real_embed, self.backbones)
         ranks.take_from_first(self.pairs.tensors())
-        self.start_student(model, start)
+        self.start_students()
         self.start_learner()
-        self.start_log(training, command)
+        self.start_log(command)
 
-    def start_student(self, model, start: dict) -> None:
-        """The student's loss, what each iteration draws and reads ahead, and how many pairs fit into memory."""
+    def start_students(self) -> None:
+        """The student's loss of each encoder, what iterations read ahead, and how many pairs fit into memory."""
         args = self.args
-        self.loss_fn, self.draws = make_student_loss(args, model), make_draws(args, self.experts)
-        self.prefetch = Prefetch(lambda iteration: self.draws.read(iteration, self.device), end=args.Iteration)
+        self.loss_fns = [make_student_loss(args, backbone, self.form) for backbone in self.backbones]
+        self.prefetch = Prefetch(self.read_segments, end=args.Iteration)
         # How the student steps, and how its gradient goes back, is the same in a trial of the memory and in the run.
         self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
-        batch_size = self.draws.batch_size  # that of the flag, or all pairs if they are fewer
-        size = args.pair_chunk or fit_pair_chunk(self.loss_fn, start, self.pairs, batch_size, **self.student)
-        check_shares(self.loss_fn, start, self.pairs, batch_size, size)
-        # Later the card may have less room than in the trial; a chunk that the user gave is not changed.
-        self.pair_chunk = PairChunk(size, may_shrink=not args.pair_chunk)
+        self.pair_chunks = []
+        for number, (backbone, loss_fn) in enumerate(zip(self.backbones, self.loss_fns, strict=True)):
+            problem = loss_fn, backbone.start, pairs_of_encoder(self.pairs, number), backbone.draws.batch_size
+            size = args.pair_chunk or fit_pair_chunk(*problem, **self.student)
+            check_shares(*problem, size)
+            # Later the card may have less room than in the trial; a chunk that the user gave is not changed.
+            self.pair_chunks.append(PairChunk(size, may_shrink=not args.pair_chunk))
+
+    def read_segments(self, iteration: int) -> dict[int, list]:
+        """What the iteration matches, by the number of the encoder: of all, or of --encoders_per_step drawn ones."""
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + iteration)
+        drawn = torch.randperm(len(self.backbones), generator=generator)[: self.args.encoders_per_step].sort().values
+        return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn.tolist()}
 
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
-            self.fit_first_rates(self.draws.read(0, self.device))
+            for number, backbone in enumerate(self.backbones):
+                self.fit_first_rates(number, backbone.draws.read(0, self.device))
         self.learner = make_learner(self.args, self.pairs)
         if self.args.resume:
             resume(self.args, self.learner)
 
-    def start_log(self, training: dict, command: str) -> None:
-        """The page, the log and the bar; ranks other than the first show nothing."""
-        args = self.args
+    def start_log(self, command: str) -> None:
+        """The page, the log and the bar; ranks other than the first show nothing. The page is of the first encoder."""
+        args, shown = self.args, self.backbones[0]
         sources = Sources(
             command=command,
             settings=vars(args),
             captions=self.real.captions,
             text_embed=self.real_embed,
-            validation=self.validation,
-            test=self.test,
-            factory=self.factory,
-            judge=self.judge,
+            validation=shown.scored["val"],
+            test=shown.scored["test"],
+            factory=shown.factory,
+            judge=shown.judge,
             evaluation=make_evaluation(args),
-            experts=self.experts,
+            experts=shown.experts,
             coresets=args.coreset,
         )
         self.page = RunReport(self.folder, sources, enabled=args.report and ranks.is_first())
         self.log = open_log(self.folder, self.settings, args.name, args.disabled_wandb)
-        self.log(training, step=self.learner.iteration)
+        self.log(shown.training, step=self.learner.iteration)
         hidden = None if ranks.is_first() else True  # None: where stderr is no terminal
         self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=hidden)
 
-    def fit_first_rates(self, segments) -> None:
-        """Chooses the first rates that are to fit, if any, on the segments of the first iteration."""
-        names = rates_to_fit(self.args)
+    def fit_first_rates(self, number: int, segments) -> None:
+        """Chooses the first rates of an encoder that are to fit, if any, on the segments of the first iteration."""
+        names, pairs = rates_to_fit(self.args), pairs_of_encoder(self.pairs, number)
         if not names:
             return
         # In place: the learner, and the student's trials, have these tensors.
-        for name, rate in self.within_memory(fit_first_rates, segments, pairs=self.pairs, names=names).items():
-            getattr(self.pairs, name).fill_(rate)
-        print(f"first student rates, fitted: {self.pairs.syn_lr_img:.3g} {self.pairs.syn_lr_txt:.3g}")
+        for name, rate in self.within_memory(fit_first_rates, number, segments, pairs=pairs, names=names).items():
+            getattr(pairs, name).fill_(rate)
+        print(f"first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
 
-    def within_memory(self, function, segments, **problem):
-        """`function` of the student on `segments`, with as many pairs at a time as fit into memory."""
-        call = functools.partial(function, self.loss_fn, segments, **problem, **self.student)
-        return self.pair_chunk.fit(call, batch_size=len(segments[0].batches[0]))
+    def within_memory(self, function, number: int, segments, **problem):
+        """`function` of an encoder's student on `segments`, with as many pairs at a time as fit into memory."""
+        call = functools.partial(function, self.loss_fns[number], segments, **problem, **self.student)
+        return self.pair_chunks[number].fit(call, batch_size=len(segments[0].batches[0]))
 
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""
@@ -211,19 +214,19 @@ class Distillation:
     def evaluate_and_save(self) -> None:
         """Scores the pairs on validation, keeps the best set, saves the run."""
         synset = self.current_set()
-        results = self.score(synset, self.validation, VALIDATION_SEED)
-        self.keep_if_best(synset, results)
+        by_encoder = [self.score(synset, backbone, "val", VALIDATION_SEED) for backbone in self.backbones]
+        self.keep_if_best(synset, by_encoder)
         self.save()
         # The others wait at the end, so that within it the first rank may score the report's other sets alone.
         if ranks.is_first():
-            report(self.log, self.folder, synset, results, self.args)
+            report(self.log, self.folder, synset, by_encoder, self.args)
             with ranks.alone():
                 self.page.update()
         ranks.wait()
 
-    def keep_if_best(self, synset: SynSet, results) -> None:
+    def keep_if_best(self, synset: SynSet, by_encoder: list) -> None:
         """Saves the set under its iteration, and as the best one if it is by validation."""
-        recall = mean_and_std(results)[0]["r_mean"]
+        recall = mean_share(self.backbones, by_encoder)
         names = [f"iteration_{self.learner.iteration:06d}", *(["best"] if recall > self.learner.best else [])]
         for name in names if ranks.is_first() else ():  # the folder is shared
             save_synset(self.folder / f"{name}.safetensors", synset)
@@ -231,11 +234,12 @@ class Distillation:
         self.learner.best = max(recall, self.learner.best)
         self.learner.evaluated = self.learner.iteration
 
-    def score(self, synset: SynSet, retrieval, seed: int, on_model=None) -> list[dict]:
+    def score(self, synset: SynSet, backbone: Backbone, split: str, seed: int, on_model=None) -> list[dict]:
         """Recalls of fresh networks trained on the set; the test split has other seeds than validation."""
         evaluation, seed = make_evaluation(self.args), seed + self.args.seed
+        own = synset.for_encoder(backbone.name)
         return guarded_scoring(
-            lambda: evaluate_synset(self.judge, synset, retrieval, evaluation, seed, on_model),
+            lambda: evaluate_synset(backbone.judge, own, backbone.scored[split], evaluation, seed, on_model),
             synset.settings["iteration"],
             self.args,
         )
@@ -243,24 +247,30 @@ class Distillation:
     def report_test(self) -> None:
         """Scores the set that did best on validation on the test split."""
         best = load_synset(self.folder / "best.safetensors")
-        results = self.score(best, self.test, TEST_SEED, self.page.on_model)
+        looks = [self.page.on_model, *[None] * (len(self.backbones) - 1)]
+        by_encoder = [
+            self.score(best, backbone, "test", TEST_SEED, look)
+            for backbone, look in zip(self.backbones, looks, strict=True)
+        ]
         if not ranks.is_first():
             return
         # The set was chosen on validation, so these numbers do not flatter.
-        mean = mean_and_std(results)[0]
+        mean = mean_and_std([recalls for results in by_encoder for recalls in results])[0]
         self.log({f"Test/{key}": value for key, value in mean.items()}, step=self.args.Iteration)
         iteration = best.settings["iteration"]
         print(f"best set by validation: {self.folder / 'best.safetensors'}, iteration {iteration}; test split:")
-        print(recall_table({f"{self.args.num_queries} distilled pairs, training {self.judge.trains}": results}))
+        label = f"{self.args.num_queries} distilled pairs, training {self.backbones[0].judge.trains}"
+        names = [f" on {backbone.name}" if len(self.backbones) > 1 else "" for backbone in self.backbones]
+        print(recall_table({label + name: results for name, results in zip(names, by_encoder, strict=True)}))
         pictures = f"pictures in {self.folder}/synthetic_images_*.png, " if self.args.draw else ""
         print(f"sets in {self.folder}/iteration_*.safetensors, {pictures}numbers in {self.folder}/metrics.jsonl")
         with ranks.alone():
-            self.page.finish(self.log, best, results)
+            self.page.finish(self.log, best, by_encoder[0])
         self.log.finish()
 
-    def log_iteration(self, matching, segments, warnings: list[str]) -> None:
+    def log_iteration(self, matching, segments: dict, losses: dict, warnings: list[str]) -> None:
         """Logs what the step that was just taken came from."""
-        numbers = iteration_numbers(matching, self.learner, segments)
+        numbers = iteration_numbers(matching, self.learner, next(iter(segments.values())), losses)
         self.log(numbers, step=self.learner.iteration - 1)
         student = f"{numbers['Student_Loss_First']:.2f}>{numbers['Student_Loss_Last']:.2f}"
         self.bar.set_postfix(loss=f"{numbers['Grand_Loss']:.3f}", student=student, refresh=False)
@@ -272,7 +282,8 @@ class Distillation:
         """The pairs, or their average with --ema_decay, each with the real caption nearest to its text."""
         pairs = self.learner.averaged
         captions = nearest_captions(pairs.text_syn, self.real_embed, self.real.captions)
-        return as_synset(pairs, captions, self.factory.encoder, vars(self.args), self.learner.iteration)
+        names = [backbone.name for backbone in self.backbones]
+        return as_synset(pairs, self.form, captions, names, vars(self.args), self.learner.iteration)
 
     def save(self) -> None:
         """Saves the set and the state; after a spoilt step those of the last evaluation stay."""
@@ -298,16 +309,20 @@ def saved_when_stopped(run: Distillation):
         run.prefetch.close()
 
 
-def report(log, folder: Path, synset: SynSet, results, args) -> None:
+def report(log, folder: Path, synset: SynSet, by_encoder: list, args) -> None:
     """Prints and logs an evaluation; with --draw saves and shows the picture grid."""
     iteration = synset.settings["iteration"]
-    mean, std = mean_and_std(results)
+    mean, std = mean_and_std([recalls for results in by_encoder for recalls in results])
     spread = {f"Mean/{k}": v for k, v in mean.items()} | {f"Std/{k}": v for k, v in std.items()}
     log({**mean, **(spread if args.std else {})}, step=iteration)
     tqdm.write(
         f"iteration {iteration}: validation TR@1 {mean['txt_r1']:.1f} IR@1 {mean['img_r1']:.1f} "
         f"mean {mean['r_mean']:.1f} ± {std['r_mean']:.1f}, rates {synset.syn_lr_img:.4f} {synset.syn_lr_txt:.4f}"
     )
+    if len(by_encoder) > 1:
+        means = dict(zip(encoder_names(vars(args)), (mean_and_std(r)[0]["r_mean"] for r in by_encoder), strict=True))
+        log({f"r_mean/{name}": value for name, value in means.items()}, step=iteration)
+        tqdm.write("  mean on " + ", ".join(f"{name} {value:.1f}" for name, value in means.items()))
     log.media(iteration, texts={"Synthetic_Sentences": synset.captions}, histograms={"Pixels": synset.image_syn})
     if args.draw:
         with log.aside("the picture grid"):  # a font that is missing must not end the run

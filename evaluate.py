@@ -65,7 +65,7 @@ from utils.setup import (
 def parse_args(argv=None):
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
     cli.add_data_flags(parser)
-    cli.add_network_flags(parser, several=True)
+    cli.add_network_flags(parser, several="store")
     cli.add_run_flags(parser)
     pairs = parser.section("pairs").add_argument
     pairs(
@@ -148,11 +148,11 @@ def main(argv=None):
         factory = make_factory(own_args, test[1].shape[1], train_in_full=args.eval_full)
         # A frozen encoder sees the pictures once for all sets.
         seen_test = embedded_once(test, factory, args.batch_size_test, args.cache_dir)
-        candidates = synsets
+        candidates = {path: synset.for_encoder(name) for path, synset in synsets.items()}
         # Learned rates fit the network that they were learned with; on another one each set gets its best ones.
         if args.tune_rates:
             seen_validation = embedded_once(validation, factory, args.batch_size_test, args.cache_dir)
-            candidates = tuned(synsets, seen_validation, factory, args)
+            candidates = tuned(candidates, seen_validation, factory, args)
         for row in rows_of_sets(candidates, seen_test, name, factory, args):
             announce(row)
             rows.append(row)

@@ -3,6 +3,7 @@
 from data.errors import InputError
 from utils.scoring import look_epochs
 from utils.sets import is_released
+from utils.setup import args_of_encoders, encoder_names
 
 # Flags of evaluate.py without effect beside --export and --export_pt.
 TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
@@ -28,6 +29,27 @@ def check_targets(args) -> None:
         raise InputError("--blend_alpha mixes what a frozen image encoder gives; add --image_trainable False")
     if args.phases > args.num_queries:
         raise InputError(f"--phases {args.phases} is more than the {args.num_queries} pairs; lower it")
+
+
+def check_encoders(args) -> None:
+    """Of distill.py and buffer.py: several image encoders, and pictures that are mixed after them."""
+    names = encoder_names(vars(args))
+    if len(set(names)) < len(names):
+        raise InputError(f"--image_encoder names {', '.join(names)}; give each one once")
+    if len(names) > 1 and args.image_trainable:
+        raise InputError("several image encoders must be frozen; add --image_trainable False")
+    args_of_encoders(args)  # refuses checkpoints and arguments of none of them
+    if getattr(args, "pix_param", "pixels") == "mixture":
+        _check_mixture(args)
+
+
+def _check_mixture(args) -> None:
+    if args.image_trainable:
+        raise InputError("--pix_param mixture mixes what a frozen image encoder gives; add --image_trainable False")
+    if args.init_set or args.pix_init == "noise":
+        raise InputError("--pix_param mixture starts from real pictures; leave out --init_set and --pix_init noise")
+    if args.pix_words < args.num_queries:
+        raise InputError(f"--pix_words {args.pix_words} is less than the {args.num_queries} pairs; raise it")
 
 
 def check_coreset(args) -> None:

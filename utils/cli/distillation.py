@@ -42,6 +42,14 @@ def _add_pair_flags(parser: Parser) -> None:
     )
     add("--txt_init", choices=("real", "noise"), default="real", help="texts start from the pairs' captions or noise")
     add("--init_set", metavar="FILE", help="start from the pictures and texts of this set")
+    add(
+        "--pix_param",
+        choices=("pixels", "mixture"),
+        default="pixels",
+        help="what is learned of the pictures: their pixels, or weights with which real pictures are mixed after a "
+        "frozen image encoder, so that any encoder can take them",
+    )
+    add("--pix_words", type=count, default=1000, help="real pictures that mixtures are made of, stored with the set")
     pairs.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
     pairs.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
     add("--sim_type", choices=SIM_TYPES, default="none", help="learn how alike pairs are: the targets of the loss")
@@ -105,6 +113,7 @@ def _add_student_flags(parser: Parser) -> None:
 def _add_outer_flags(parser: Parser) -> None:
     add = parser.section("outer loop").add_argument
     add("--Iteration", type=number(int, least=0), default=3000, help="distillation iterations")
+    add("--encoders_per_step", type=count, help="draw so many of the image encoders each iteration; all if not given")
     add("--segments", type=count, default=1, help=SEGMENTS_HELP)
     add(
         "--optimizer",

@@ -8,6 +8,7 @@ from data.errors import InputError
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
 from utils.sets import SynSet, is_released, load_synset
+from utils.setup import encoder_names, settings_of_encoder
 
 # Settings of the first set that are this run's defaults.
 INHERITED = (
@@ -49,7 +50,7 @@ def settings_of_first_set(args) -> dict:
     if inherited["dataset"] == "demo":
         demo = recipe_defaults("evaluate.py", "demo", None)
         inherited = {key: value for key, value in demo.items() if key in vars(args)} | inherited
-    return {**inherited, "image_encoder": [settings["image_encoder"]], **dict.fromkeys(OF_ENCODER)}
+    return {**inherited, "image_encoder": encoder_names(settings), **dict.fromkeys(OF_ENCODER)}
 
 
 def protocol_of_sets(args, usual: dict) -> dict:
@@ -85,6 +86,7 @@ def with_flags(synset: SynSet, args) -> SynSet:
         syn_lr_img=args.syn_lr_img or synset.syn_lr_img,
         syn_lr_txt=args.syn_lr_txt or synset.syn_lr_txt,
         loss_type=args.loss_type or synset.loss_type,
+        rates={} if args.syn_lr_img or args.syn_lr_txt else synset.rates,
     )
 
 
@@ -120,19 +122,16 @@ def check_widths(synsets: dict[str, SynSet], text_dim: int, args) -> None:
 
 def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
     """The command line for each image encoder alone, by its name; see `OF_ENCODER`."""
-    names, checkpoints = args.image_encoder, args.image_checkpoint or []
-    if checkpoints and len(checkpoints) != len(names):
-        raise InputError(
-            f"--image_checkpoint has {len(checkpoints)} values for {len(names)} image encoders; "
-            "give one for each, 'none' for published weights"
-        )
     by_encoder = {}
     known = [synset.settings for synset in synsets] + ([DEMO_DATA] if args.dataset == "demo" else [])
-    for i, name in enumerate(names):
-        made_with = next((settings for settings in known if settings.get("image_encoder") == name), {})
+    known = [settings for settings in known if "image_encoder" in settings]
+    for name in args.image_encoder:
+        made_with = next((settings for settings in known if name in encoder_names(settings)), None)
+        made_with = settings_of_encoder({**OF_ENCODER, **made_with}, name) if made_with else {}
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
-        values |= {key: getattr(args, key) for key in OF_ENCODER if getattr(args, key) not in (None, {})}
-        if checkpoints:
-            values["image_checkpoint"] = None if checkpoints[i] == "none" else checkpoints[i]
-        by_encoder[name] = argparse.Namespace(**{**vars(args), "image_encoder": name, **values})
+        given = settings_of_encoder(vars(args), name)
+        values |= {key: given[key] for key in OF_ENCODER if given[key] not in (None, {})}
+        if args.image_checkpoint:
+            values["image_checkpoint"] = given["image_checkpoint"]  # 'none' too
+        by_encoder[name] = argparse.Namespace(**{**given, **values})
     return by_encoder

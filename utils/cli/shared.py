@@ -1,5 +1,6 @@
 """Flags that several scripts have."""
 
+import argparse
 import os
 
 import torch
@@ -22,13 +23,21 @@ def add_data_flags(parser: Parser) -> None:
     add("--cache_dir", default="cache", help="folder for cached caption embeddings, picture features and pictures")
 
 
-def add_network_flags(parser: Parser, several: bool = False) -> None:
-    """`several`: a list of image encoders, with a checkpoint for each, instead of one."""
+class _OneOrMore(argparse.Action):
+    """One value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def add_network_flags(parser: Parser, several: type = _OneOrMore) -> None:
+    """`several`: what becomes of the list of image encoders and of that of their checkpoints."""
     encoders = parser.section("encoders")
-    add, nargs = encoders.add_argument, "+" if several else None
+    add = encoders.add_argument
     add(
         "--image_encoder",
-        nargs=nargs,
+        nargs="+",
+        action=several,
         type=plain_name,
         default="nfnet",
         metavar="NAME",
@@ -36,14 +45,21 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
     )
     encoders.add_bool("image_pretrained", True, "start the image encoder from published weights")
     encoders.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
-    each = "; one for each encoder, 'none' for published weights" if several else ""
     add(
         "--image_checkpoint",
-        nargs=nargs,
+        nargs="+",
+        action=several,
         metavar="FILE",
-        help=f"file with the image encoder's weights (safetensors or torch){each}",
+        help="file with the image encoder's weights (safetensors or torch); one for each of several encoders, 'none' "
+        "for published weights",
     )
-    add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
+    add(
+        "--image_kwargs",
+        nargs="+",
+        type=key_value,
+        metavar="KEY=VALUE",
+        help="arguments of timm.create_model; NAME:KEY=VALUE for one of several encoders",
+    )
     add(
         "--text_encoder",
         default="bert",

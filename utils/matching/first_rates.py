@@ -42,7 +42,7 @@ def fit_first_rates(
     if is_embedded:
         used = torch.cat([batch for segment in segments for batch in segment.batches])
         pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
-        pairs = replace(pairs, image_syn=pictures.embed)
+        pairs, loss_fn = replace(pairs, image_syn=pictures.embed), loss_fn.on_embeddings()
 
     def go_astray(rates: dict[str, float]) -> bool:
         tensors = {name: torch.full_like(getattr(pairs, name), rate) for name, rate in rates.items()}

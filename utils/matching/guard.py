@@ -91,7 +91,7 @@ class Guard:
     def limit_rate(self, before: Tensor, after: Tensor) -> bool:
         """Keeps a learned rate, changed in place from `before` to `after`, within `RATE_FACTOR`; whether it had to."""
         limited = after.clamp(before / RATE_FACTOR, before * RATE_FACTOR)
-        too_far = (limited != after).item()
+        too_far = (limited != after).any().item()
         self.limited += too_far
         after.copy_(limited)
         return too_far

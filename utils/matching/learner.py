@@ -28,8 +28,8 @@ class PairLearner:
     "sgd", as published: momentum 0.5, on the values themselves; no step more than doubles or halves a
     learned rate, so that it stays positive.
     "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
-    embeddings, lr_sim in units of S, and the learned rates move on a logarithmic scale, so that the same numbers fit
-    other data and encoders.
+    embeddings, lr_sim and lr_img of the weights of mixtures in their own units, and the learned rates move on a
+    logarithmic scale, so that the same numbers fit other data and encoders.
 
     Args:
         pairs: the first pairs; moved in place.
@@ -76,7 +76,7 @@ class PairLearner:
             for name, tensor in self.named.items()
         }
         if self.in_logs:
-            lr_img, lr_txt = lr_img * pairs.image_syn.std().item(), lr_txt * pairs.text_syn.std().item()
+            lr_img, lr_txt = lr_img * _spread(pairs.image_syn), lr_txt * pairs.text_syn.std().item()
         by_name = dict(zip(NAMES, (lr_img, lr_txt, lr_lr, lr_lr), strict=True))
         groups = [
             {"params": [variable], "lr": by_name.get(name, lr_sim)}
@@ -177,9 +177,17 @@ class PairLearner:
         stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, a handle is no dict
         with torch.no_grad():
             for name, tensor in {**self.named, **self.moved}.items():
+                if stored[name].shape != tensor.shape:
+                    shapes = " and ".join(str(tuple(part.shape)) for part in (stored[name], tensor))
+                    raise InputError(f"{path} holds another {name} than this run learns ({shapes}); start it anew")
                 tensor.copy_(stored[name])
         self._restore({name: value for name, value in stored.items() if "/" in name})
         self.iteration, self.evaluated = metadata["iteration"], metadata["evaluated"]
         self.phase_start = metadata.get("phase_start", 0)
         self.best = -math.inf if metadata["best"] is None else metadata["best"]
         self.guard.restore(metadata.get("guard", {}))
+
+
+def _spread(image_syn: Tensor) -> float:
+    """What a rate of pictures is relative to: the standard deviation of pixels, 1 for weights of mixtures."""
+    return image_syn.std().item() if image_syn.ndim == 4 else 1.0

@@ -8,7 +8,7 @@ from torch import Tensor
 from data.pairs import RetrievalSet
 from utils.report.pairs import data_uri
 from utils.scoring import retrieval_features
-from utils.sets import SynSet, fit_images
+from utils.sets import SynSet, fit_images, mix
 
 THUMBNAIL = 112
 SHOWN = 5  # pictures per search
@@ -44,7 +44,10 @@ def pair_features(model, synset: SynSet, image_size: int, batch_size: int, devic
     model.eval()
     encoder = model.image_encoder
     images = fit_images(synset, image_size, encoder.mean, encoder.std)
-    image_features = torch.cat([model.encode_image(batch.to(device)) for batch in images.split(batch_size)])
+    image_embed = torch.cat([model.embed_images(batch.to(device)) for batch in images.split(batch_size)])
+    if synset.mixture:
+        image_embed = mix(synset.mixture.weights.to(image_embed), image_embed)
+    image_features = model.encode_image(image_embed)
     text_features = model.encode_text(synset.text_syn.float().to(device))
     model.train(was_training)
     return image_features.float().cpu(), text_features.float().cpu()

@@ -9,7 +9,15 @@ from utils.scoring.coresets import (
     kmeans,
     random_rows,
 )
-from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, Evaluation, evaluate_synset, look_epochs
+from utils.scoring.evaluation import (
+    BEST_LOOK,
+    TEST_SEED,
+    VALIDATION_SEED,
+    Evaluation,
+    embed_batches,
+    evaluate_synset,
+    look_epochs,
+)
 from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, pair_features
 from utils.scoring.retrieval import (
     evaluate_retrieval,

@@ -10,7 +10,7 @@ from networks.loss import PairLoss
 from utils import ranks
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
-from utils.sets import SynSet, fit_images
+from utils.sets import SynSet, fit_images, mix
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
@@ -63,12 +63,9 @@ def evaluate_synset(
         NonFiniteLoss: on every rank, the loss of a network became infinite or not a number.
     """
     at_epochs = look_epochs(evaluation.epochs * synset.phases, evaluation.looks or 1)
-    images = fit_images(synset, evaluation.image_size, factory.encoder.mean, factory.encoder.std)
-    images = images.to(factory.device, memory_format=torch.channels_last)
     text_embed = synset.text_syn.float().to(factory.device)
     targets = None if synset.targets is None else synset.targets.float().to(factory.device)
-    if not factory.image_trainable:
-        images = _embedded(factory.fresh(seed), images, evaluation.batch_size_test)
+    images = training_images(factory, synset, evaluation.image_size, evaluation.batch_size_test, seed)
 
     def train_and_look(k: int) -> dict[str, float]:
         model, seen = factory.fresh(seed + k, PairLoss(synset.loss_type, evaluation.temperature)), []
@@ -114,6 +111,25 @@ def _finite_or_error(train: Callable) -> Callable:
     return call
 
 
+def training_images(factory, synset: SynSet, image_size: int, batch_size: int, seed: int = 0) -> torch.Tensor:
+    """What networks of `factory` train on: pictures [M, 3, H, W], or a frozen encoder's output for them [M, D_enc].
+
+    Raises:
+        InputError: the set's pictures are mixtures, and the encoder trains.
+    """
+    fitted = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
+    images = fitted.to(factory.device, memory_format=torch.channels_last)
+    if factory.image_trainable:
+        if synset.mixture:
+            raise InputError(
+                "the set's pictures are mixtures, made after a frozen encoder; add --image_trainable False"
+            )
+        return images
+    embed = embed_batches(factory.fresh(seed), images, batch_size)
+    return mix(synset.mixture.weights.to(embed), embed) if synset.mixture else embed
+
+
 @torch.no_grad()
-def _embedded(model, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+def embed_batches(model, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """A frozen encoder's output [M, D_enc] for pictures [M, 3, H, W], `batch_size` at a time."""
     return torch.cat([model.embed_images(part) for part in images.split(batch_size)])

@@ -65,8 +65,10 @@ def export_released(path: str | Path, synset: SynSet) -> None:
     Hard targets become a full similarity, the identity. The form has no captions, settings, loss or α.
 
     Raises:
-        InputError: the set has phases, or the file cannot be written.
+        InputError: the set has phases or mixtures, or the file cannot be written.
     """
+    if synset.mixture:
+        raise InputError(f"{path} cannot be written: the form holds pixels, and this set's pictures are mixtures")
     if synset.phases > 1:
         raise InputError(f"{path} cannot be written: the form has no phases, and this set has {synset.phases}")
     matrix = torch.eye(len(synset.captions)) if synset.targets is None else synset.targets

@@ -17,7 +17,7 @@ class Pairs:
     """What is learned: M synthetic pairs, the two rates the student trains with, and soft targets if wanted.
 
     Attributes:
-        image_syn: [M, 3, H, W] normalised pixels.
+        image_syn: [M, 3, H, W] normalised pixels; or [M, N] weights of mixtures, see `utils.sets.mixtures`.
         text_syn: [M, D_text] text embeddings.
         syn_lr_img, syn_lr_txt: scalars, β of the image and of the text tower.
         similarity: parts of S, see `utils.sets.similarity`; empty for hard targets.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data.errors import InputError
-from data.transforms import denormalize
+from data.transforms import denormalize, normalize
 from utils.sets.synset import SynSet
 
 
@@ -18,8 +18,13 @@ def pixels_of(synset: SynSet) -> np.ndarray:
 
 
 def fit_images(synset: SynSet, image_size: int, mean, std) -> torch.Tensor:
-    """The set's pictures for an encoder: resized to [M, 3, image_size, image_size], normalised with its mean, std."""
+    """The set's pictures for an encoder: resized to [M, 3, image_size, image_size], normalised with its mean, std.
+
+    Of mixtures, the N pictures that they are mixed from.
+    """
     images = synset.image_syn.float()
+    if synset.mixture:
+        images = normalize(synset.mixture.pictures(), synset.mean, synset.std)
     if images.shape[-1] != image_size:
         images = F.interpolate(images, (image_size, image_size), mode="bicubic", antialias=True, align_corners=False)
     if (tuple(mean), tuple(std)) == (tuple(synset.mean), tuple(synset.std)):

@@ -1,20 +1,23 @@
 """A set of synthetic (or chosen real) pairs on disk."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from data.errors import InputError
+from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
 from utils.sets.released import is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
 KIND = "set of pairs"
-TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
+TENSORS = ("text_syn", "syn_lr_img", "syn_lr_txt")
+PIXELS, MIXTURE = ("image_syn",), ("pix_weights", "pix_words", "pix_sizes")  # one of the two
 
 
 @dataclass
@@ -22,9 +25,10 @@ class SynSet:
     """M pairs that a fresh model can be trained on.
 
     Attributes:
-        image_syn: [M, 3, H, W], pixels normalised with mean and std.
+        image_syn: [M, 3, H, W], pixels normalised with mean and std; with `mixture` those that it started from.
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
-        syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with.
+        syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with; of a set that was learned through
+            several image encoders the geometric means of theirs, see `for_encoder`.
         captions: the nearest real caption of each row of text_syn; of a coreset, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
@@ -32,6 +36,8 @@ class SynSet:
         similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
         loss_type: what to train with, see `networks.loss.PairLoss`.
         phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
+        mixture: what to train on in the place of image_syn, over a frozen image encoder; None for image_syn itself.
+        rates: of a set that was learned through several image encoders, [syn_lr_img, syn_lr_txt] by their names.
     """
 
     image_syn: torch.Tensor
@@ -48,6 +54,13 @@ class SynSet:
     alpha: float = 1.0
     loss_type: str = "InfoNCE"
     phases: int = 1
+    mixture: Mixture | None = None
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    def for_encoder(self, name: str) -> "SynSet":
+        """The set with the rates that it learned for the image encoder `name`; as it is for any other one."""
+        lr_img, lr_txt = self.rates.get(name, (self.syn_lr_img, self.syn_lr_txt))
+        return replace(self, syn_lr_img=lr_img, syn_lr_txt=lr_txt)
 
     @property
     def targets(self) -> torch.Tensor | None:
@@ -55,12 +68,15 @@ class SynSet:
         return similarity_matrix(self.similarity, self.alpha)
 
 
-def as_synset(pairs: Pairs, captions: list[str], encoder, settings: dict, iteration: int) -> SynSet:
+def as_synset(
+    pairs: Pairs, form: PictureForm, captions: list[str], encoders: list[str], settings: dict, iteration: int
+) -> SynSet:
     """A copy of pairs that a run learns, with all that is needed to train on them elsewhere.
 
     Args:
+        form: of the pictures of `pairs`.
         captions: see `SynSet`.
-        encoder: the image encoder whose normalisation the pixels have.
+        encoders: the image encoders that the pairs are learned through, in the order of the rates of `pairs`.
         settings: of the run: its command line by name.
         iteration: steps that the pairs have taken; the set of 0 is the initial one.
     """
@@ -71,20 +87,34 @@ def as_synset(pairs: Pairs, captions: list[str], encoder, settings: dict, iterat
     else:
         method = "distilled texts" if settings["text_only"] else "distilled"
     pairs = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors())
+    mixture, images = None, pairs.image_syn
+    if form.pictures is not None:
+        images = form.pictures[: len(images)]
+    if form.words is not None:
+        mixture = Mixture(pairs.image_syn.half().float().cpu(), form.words)  # scored in the precision that is stored
+    rates = torch.stack([pairs.syn_lr_img, pairs.syn_lr_txt]).view(2, -1)
+    lr_img, lr_txt = rates.log().mean(dim=1).exp().tolist() if len(encoders) > 1 else rates.flatten().tolist()
     return SynSet(
-        image_syn=pairs.image_syn,
+        image_syn=images,
         text_syn=pairs.text_syn,
-        syn_lr_img=pairs.syn_lr_img.item(),
-        syn_lr_txt=pairs.syn_lr_txt.item(),
+        syn_lr_img=lr_img,
+        syn_lr_txt=lr_txt,
         captions=captions,
-        mean=encoder.mean,
-        std=encoder.std,
+        mean=tuple(form.mean),
+        std=tuple(form.std),
         settings={**settings, "method": method, "iteration": iteration},
         similarity=pairs.similarity,
         alpha=settings["alpha"],
         loss_type=settings["loss_type"],
         phases=settings["phases"],
+        mixture=mixture,
+        rates=dict(zip(encoders, rates.T.tolist(), strict=True)) if len(encoders) > 1 else {},
     )
+
+
+def _first_pictures(mixture: Mixture, mean, std) -> torch.Tensor:
+    """[M, 3, H, W], normalised."""
+    return normalize(mixture.pictures()[: len(mixture.weights)], mean, std)
 
 
 def save_synset(path: str | Path, synset: SynSet) -> None:
@@ -93,14 +123,19 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
     Raises:
         InputError: the file cannot be written; the previous one remains.
     """
+    pictures = {"image_syn": synset.image_syn}
+    if synset.mixture:
+        sizes = torch.tensor([len(word) for word in synset.mixture.words])
+        values = synset.mixture.weights.half(), torch.cat(list(synset.mixture.words)), sizes
+        pictures = dict(zip(MIXTURE, values, strict=True))
     tensors = {
-        "image_syn": synset.image_syn,
+        **pictures,
         "text_syn": synset.text_syn,
         "syn_lr_img": torch.tensor(synset.syn_lr_img),
         "syn_lr_txt": torch.tensor(synset.syn_lr_txt),
         **dict(zip(similarity_names(synset.similarity), synset.similarity, strict=True)),
     }
-    keys = "captions", "mean", "std", "settings", "files", "scores", "alpha", "loss_type", "phases"
+    keys = "captions", "mean", "std", "settings", "files", "scores", "alpha", "loss_type", "phases", "rates"
     named = {key: getattr(synset, key) for key in keys}
     save_tensors(path, tensors, {"kind": KIND, **named})
 
@@ -114,6 +149,7 @@ def load_synset(path: str | Path) -> SynSet:
     tensors, metadata = read_released(path) if is_released(path) else _read(path)
     names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(tensors)), ())
     similarity = tuple(tensors[name] for name in names)
+    mixture = _read_mixture(path, tensors, metadata)
     problem = _misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
     loss_type = metadata.get("loss_type", "InfoNCE")
     if not problem and loss_type not in LOSS_TYPES:
@@ -139,7 +175,25 @@ def load_synset(path: str | Path) -> SynSet:
         alpha=metadata.get("alpha", 1.0),
         loss_type=loss_type,
         phases=phases,
+        mixture=mixture,
+        rates=metadata.get("rates", {}),
     )
+
+
+def _read_mixture(path, tensors: dict[str, torch.Tensor], metadata: dict) -> Mixture | None:
+    """The mixture of a file that holds one, whose first pictures become `image_syn`."""
+    if PIXELS[0] in tensors:
+        return None
+    try:
+        weights, words, sizes = (tensors[name] for name in MIXTURE)
+        mixture = Mixture(weights.float(), words.split(sizes.tolist()))
+        tensors["image_syn"] = _first_pictures(mixture, metadata["mean"], metadata["std"])
+        fits = weights.shape == (len(tensors["text_syn"]), len(sizes)) and torch.isfinite(weights).all()
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"{KIND} {path} is not whole: its pictures cannot be read ({error}); make it again") from error
+    if not fits:
+        raise InputError(f"{KIND} {path} is not whole: its weights do not fit its pictures; make it again")
+    return mixture
 
 
 def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -1,5 +1,13 @@
 """From a command line to data, models and pairs: with the scripts and utils/cli, the only place that reads `args`."""
 
+from utils.setup.backbones import (
+    Backbone,
+    args_of_encoders,
+    encoder_names,
+    mean_share,
+    open_backbones,
+    settings_of_encoder,
+)
 from utils.setup.data import (
     Data,
     expert_loader,
@@ -8,7 +16,7 @@ from utils.setup.data import (
     open_data,
     retrieval_pairs,
 )
-from utils.setup.first_pairs import encoder_features, initial_pairs, rates_to_fit
+from utils.setup.first_pairs import encoder_features, first_pairs, rates_to_fit
 from utils.setup.networks import (
     describe_training,
     expert_training,
@@ -17,4 +25,4 @@ from utils.setup.networks import (
     make_evaluation,
     make_factory,
 )
-from utils.setup.student import make_draws, make_learner, make_student_loss
+from utils.setup.student import make_learner, make_student_loss, pairs_of_encoder

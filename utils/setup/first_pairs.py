@@ -1,13 +1,20 @@
 """The pairs that distillation starts from: real ones, those of a set, or noise."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+from torchvision.io import decode_jpeg
 
 from data.errors import InputError
 from data.pairs import PairDataset, load_images
 from data.transforms import normalize
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
-from utils.sets import Pairs, SynSet, initial_similarity, load_synset
+from utils.sets import Pairs, PictureForm, SynSet, as_words, initial_similarity, load_synset
+from utils.setup.backbones import Backbone
+
+UNIT = (0.0,) * 3, (1.0,) * 3  # mean and std of pixels that several encoders share
 
 
 def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, device) -> torch.Tensor:
@@ -25,14 +32,20 @@ def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, de
     return pair_features(kind, image_embed, real_embed, real.row_to_image)
 
 
-def initial_pairs(args, real: PairDataset, real_embed, encoder, device) -> Pairs:
+def first_pairs(
+    args, real: PairDataset, real_embed: Tensor, backbones: Sequence[Backbone]
+) -> tuple[Pairs, PictureForm]:
     """Pairs of --init_set, or real pairs of distinct pictures: one random caption each, or the prototypes of k-means.
 
-    Noise in the place of either modality has the mean and spread of the real ones.
+    Noise in the place of either modality has the mean and spread of the real ones. Where pictures are not learned as
+    pixels, `image_syn` is the identity, weights over the pictures of the form.
     """
-    generator = torch.Generator().manual_seed(args.seed)
+    factory = backbones[0].factory
+    encoder, device = factory.encoder, factory.device
+    mean, std = (encoder.mean, encoder.std) if len(backbones) == 1 else UNIT
+    generator, others = torch.Generator().manual_seed(args.seed), []
     if args.init_set:
-        first = fitting_set(args, encoder, real_embed.shape[1])
+        first = fitting_set(args, (mean, std), real_embed.shape[1])
         image_syn, text_syn = first.image_syn.float(), first.text_syn.float()
     else:
         if args.pix_init == "kmeans":
@@ -43,24 +56,52 @@ def initial_pairs(args, real: PairDataset, real_embed, encoder, device) -> Pairs
         text_syn = real_embed[rows]
         if args.pix_init != "noise":
             images = load_images([real.paths[i] for i in real.row_to_image[rows]], args.image_size)
-            image_syn = normalize(images, encoder.mean, encoder.std)
+            image_syn = normalize(images, mean, std)
+            if args.pix_param == "mixture":
+                others = other_pictures(real, rows, args.pix_words - len(rows), generator)
     if args.pix_init == "noise":
         image_syn = torch.randn(args.num_queries, 3, args.image_size, args.image_size, generator=generator)
     if args.txt_init == "noise":
         text_syn = torch.randn(text_syn.shape, generator=generator) * real_embed.std() + real_embed.mean()
     similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
-    return Pairs(
-        image_syn=image_syn.to(device, memory_format=torch.channels_last),
+    pictures = words = None
+    if args.pix_param == "mixture":
+        words = as_words(torch.cat([images, load_images(others, args.image_size)]) if others else images)
+        pictures = normalize(torch.stack(decode_jpeg(words)), mean, std)
+    elif args.text_only and not args.image_trainable:
+        pictures = image_syn  # they stay, and go through each encoder once for the whole run
+    if pictures is not None:
+        image_syn = torch.eye(args.num_queries, len(pictures))
+    pairs = Pairs(
+        image_syn=image_syn.to(device, memory_format=torch.channels_last if image_syn.ndim == 4 else None),
         text_syn=text_syn.to(device),
-        syn_lr_img=first_rate(args.lr_teacher_img).to(device),
-        syn_lr_txt=first_rate(args.lr_teacher_txt).to(device),
+        syn_lr_img=first_rate(args.lr_teacher_img, len(backbones)).to(device),
+        syn_lr_txt=first_rate(args.lr_teacher_txt, len(backbones)).to(device),
         similarity=tuple(part.to(device) for part in similarity),
     )
+    return pairs, PictureForm(mean, std, pictures, words)
 
 
-def first_rate(given: float | str) -> torch.Tensor:
-    """1 stands for a rate that is fitted when experts and student are known."""
-    return torch.tensor(1.0 if given == FIT else given)
+def other_pictures(real: PairDataset, rows: Tensor, number: int, generator: torch.Generator) -> list:
+    """Files of `number` random pictures that are not those of `rows`.
+
+    Raises:
+        InputError: the train split has fewer.
+    """
+    free = torch.ones(len(real.paths), dtype=torch.bool)
+    free[real.row_to_image[rows]] = False
+    numbers = free.nonzero().flatten()
+    if number > len(numbers):
+        raise InputError(
+            f"--pix_words {number + len(rows)} is more than the {len(real.paths)} pictures of train; lower it"
+        )
+    return [real.paths[i] for i in numbers[torch.randperm(len(numbers), generator=generator)[:number]]]
+
+
+def first_rate(given: float | str, backbones: int) -> Tensor:
+    """A scalar, or one for each of several encoders; 1 stands for one that is fitted when the experts are known."""
+    rate = torch.tensor(1.0 if given == FIT else given)
+    return rate if backbones == 1 else rate.repeat(backbones)
 
 
 def rates_to_fit(args) -> list[str]:
@@ -69,7 +110,7 @@ def rates_to_fit(args) -> list[str]:
     return [name for name, rate in given.items() if rate == FIT]
 
 
-def fitting_set(args, encoder, text_dim: int) -> SynSet:
+def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
     """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
     synset = load_synset(args.init_set)
     height, width = synset.image_syn.shape[2:]
@@ -77,7 +118,7 @@ def fitting_set(args, encoder, text_dim: int) -> SynSet:
         ("number of pairs", len(synset.image_syn), args.num_queries),
         ("picture size", f"{height} x {width}", f"{args.image_size} x {args.image_size}"),
         ("text width", synset.text_syn.shape[1], text_dim),
-        ("mean and std", (synset.mean, synset.std), (tuple(encoder.mean), tuple(encoder.std))),
+        ("mean and std", (synset.mean, synset.std), tuple(map(tuple, space))),
     ]
     made = synset.settings
     parts += [(key, made[key], getattr(args, key)) for key in ("text_encoder", "text_pooling") if key in made]

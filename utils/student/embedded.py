@@ -17,8 +17,9 @@ class EmbeddedPictures:
     """The encoder's output for the pictures that an iteration uses.
 
     Args:
-        encoder: [B, 3, H, W] -> [B, D_enc], each row a function of its own picture and of random numbers, if any.
-        images: [M, 3, H, W].
+        encoder: [B, 3, H, W] -> [B, D_enc], each row a function of its own picture and of random numbers, if any; or
+            [B, N] -> [B, D_enc] of mixtures.
+        images: [M, 3, H, W], or weights [M, N].
         used: indices on the CPU of the pictures that are needed, in any order and number.
         chunk: pictures whose graph is held at a time; None for all.
         seed: of the random numbers, the same on the way back; they depend on it and on the chunk's number.
@@ -42,7 +43,7 @@ class EmbeddedPictures:
         self.embed = images.new_zeros(len(images), embed.shape[1]).index_copy_(0, self.used, embed)
 
     def pixels_gradient(self, embed_gradient: Tensor) -> Tensor:
-        """∂L/∂images [M, 3, H, W] from ∂L/∂embed [M, D_enc], once."""
+        """∂L/∂images, of their shape, from ∂L/∂embed [M, D_enc], once."""
         gradient = torch.zeros_like(self.images)
         rows, leaves, embed = self.kept
         self.kept = None

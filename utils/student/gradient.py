@@ -3,7 +3,7 @@
 Notation as in utils/student/sweep.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,7 +56,7 @@ def matching_gradient(
         InputError: several ranks, an image tower that draws random numbers, and no `pair_chunk` below a batch.
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
-    if loss_fn.frozen_encoder is not None and pairs.image_syn.ndim == 4:
+    if loss_fn.frozen_encoder is not None:
         segment = Segment(0, start, target, batches, seed)
         return mean_matching(loss_fn, [segment], pairs, pair_chunk, momentum, adjoint_decay)
     arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
@@ -86,17 +86,35 @@ def mean_matching(
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     how = momentum, adjoint_decay
-    if loss_fn.frozen_encoder is None or pairs.image_syn.ndim != 4:
+    if loss_fn.frozen_encoder is None:
         return _mean((_matched(segment, loss_fn, pairs, pair_chunk, *how) for segment in segments), len(segments))
     used = torch.cat([batch for segment in segments for batch in segment.batches])
     pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
-    embedded = replace(pairs, image_syn=pictures.embed)
+    embedded, heads = replace(pairs, image_syn=pictures.embed), loss_fn.on_embeddings()
     with ranks.alone():
-        matching = _mean((_matched(segment, loss_fn, embedded, None, *how) for segment in segments), len(segments))
+        matching = _mean((_matched(segment, heads, embedded, None, *how) for segment in segments), len(segments))
     image_syn, *others = matching.gradient.tensors()
     ranks.take_from_first(others)
     matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
     return matching
+
+
+def mean_over_encoders(matchings: Mapping[int, Matching], number: int) -> Matching:
+    """The mean of what several encoders gave for the same pairs; the gradient of each one's rates stays its own.
+
+    Args:
+        matchings: by the encoder's place among the `number` rates of the pairs; rates of others get 0. Of one encoder
+            in all, its own matching.
+    """
+    if number == 1:
+        return matchings[0]
+    rates = {}
+    for name in ("syn_lr_img", "syn_lr_txt"):
+        of_one = {place: getattr(matching.gradient, name) / len(matchings) for place, matching in matchings.items()}
+        nothing = torch.zeros_like(next(iter(of_one.values())))
+        rates[name] = torch.stack([of_one.get(place, nothing) for place in range(number)])
+    mean = _mean(iter(matchings.values()), len(matchings))
+    return replace(mean, gradient=replace(mean.gradient, **rates))
 
 
 def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:

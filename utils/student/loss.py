@@ -1,6 +1,7 @@
 """The student's loss: the contrastive loss of a model as a function of the parameters that train."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class StudentLoss:
     """The contrastive loss of `model` as a function of the parameters that train, in two parts.
 
     Args:
+        embed: `frozen_encoder` of pictures that are not the model's own pixels; only where the encoder is frozen.
         alpha: α of the low-rank soft targets.
         blend_alpha: a student's step mixes each pair with another one of it: with one λ ~ Beta(α, α) and one
             permutation π, picture embeddings u and text embeddings become λ u_i + (1 − λ) u_π(i) before the heads
@@ -24,16 +26,28 @@ class StudentLoss:
 
     Attributes:
         towers: of the parameters by name, see `CLIPModel.towers`.
-        frozen_encoder: pictures [B, 3, H, W] -> [B, D_enc], the part before all that trains; None if it trains too.
-            What it gives may then stand in the place of pictures everywhere here.
+        frozen_encoder: pictures as they are learned, pixels [B, 3, H, W] or weights [B, N] of mixtures, -> [B, D_enc],
+            the part before all that trains; None if the encoder trains too. See `on_embeddings`.
     """
 
-    def __init__(self, model: CLIPModel, alpha: float = 1.0, blend_alpha: float = 0.0):
+    def __init__(
+        self,
+        model: CLIPModel,
+        alpha: float = 1.0,
+        blend_alpha: float = 0.0,
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.model, self.alpha, self.blend_alpha = model, alpha, blend_alpha
         self.towers = model.towers()
         trains = any(p.requires_grad for p in model.image_encoder.parameters())
-        self.frozen_encoder = None if trains else model.embed_images
+        self.frozen_encoder = None if trains else embed or model.embed_images
         self.image_draws = None
+
+    def on_embeddings(self) -> "StudentLoss":
+        """The same loss of pictures that went through `frozen_encoder` already, [B, D_enc] each."""
+        inner = copy.copy(self)
+        inner.frozen_encoder = None
+        return inner
 
     def draws_on_images(self, params: Parameters, images: Tensor) -> bool:
         """Whether the image tower draws random numbers (dropout), as it did for the first of `images` once."""

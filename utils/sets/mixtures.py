@@ -1,0 +1,63 @@
+"""Pictures as learned mixtures of real ones, mixed after a frozen encoder: any encoder can take the weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.io import decode_jpeg, encode_jpeg
+
+QUALITY = 90  # of the JPEG files
+
+
+@dataclass(frozen=True)
+class PictureForm:
+    """How the pictures of learned pairs are held: as pixels, or as weights over real pictures.
+
+    Attributes:
+        mean, std: normalisation of pixels, three floats each.
+        pictures: [N, 3, H, W] normalised, what weights [M, N] are over, the M first pictures before the others; None
+            for pixels.
+        words: JPEG files of `pictures` where weights are learned, see `Mixture`; None where they stay the identity.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    pictures: Tensor | None = None
+    words: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights of M pictures over the real pictures that they are mixed from.
+
+    Attributes:
+        weights: [M, N], of picture i over the N real ones; the first M of these are what the pairs started from.
+        words: N JPEG files of one size, each as uint8 [bytes].
+    """
+
+    weights: Tensor
+    words: Sequence[Tensor]
+
+    def pictures(self) -> Tensor:
+        """The real pictures, uint8 [N, 3, H, W]."""
+        return torch.stack(decode_jpeg(list(self.words)))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the files, and of the weights in half precision, as a set stores them."""
+        return sum(len(word) for word in self.words) + 2 * self.weights.numel()
+
+
+def as_words(pictures: Tensor) -> list[Tensor]:
+    """JPEG files of pictures uint8 [N, 3, H, W]; see `Mixture`."""
+    return encode_jpeg(list(pictures.cpu()), quality=QUALITY)
+
+
+def mix(weights: Tensor, features: Tensor) -> Tensor:
+    """Mixtures [B, D] of features [N, D] by weights [B, N], each of the mean norm of the features.
+
+    A row is a function of its own weights alone, whose scale does not matter.
+    """
+    mixed = weights @ features
+    return mixed * (features.norm(dim=1).mean() / mixed.norm(dim=1, keepdim=True))
