@@ -1,11 +1,13 @@
 """Pictures as learned mixtures of real ones, mixed after a frozen encoder: any encoder can take the weights."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
 QUALITY = 90  # of the JPEG files
 
@@ -41,7 +43,7 @@ class Mixture:
 
     def pictures(self) -> Tensor:
         """The real pictures, uint8 [N, 3, H, W]."""
-        return torch.stack(decode_jpeg(list(self.words)))
+        return read_words(self.words)
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +53,18 @@ class Mixture:
 
 def as_words(pictures: Tensor) -> list[Tensor]:
     """JPEG files of pictures uint8 [N, 3, H, W]; see `Mixture`."""
-    return encode_jpeg(list(pictures.cpu()), quality=QUALITY)
+    words = []
+    for pixels in pictures.permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+        words.append(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
+    return words
+
+
+def read_words(words: Sequence[Tensor]) -> Tensor:
+    """The pictures uint8 [N, 3, H, W] of JPEG files. Raises OSError for what is none."""
+    pictures = [np.asarray(Image.open(io.BytesIO(word.numpy().tobytes()))) for word in words]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def mix(weights: Tensor, features: Tensor) -> Tensor:

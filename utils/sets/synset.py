@@ -189,7 +189,7 @@ def _read_mixture(path, tensors: dict[str, torch.Tensor], metadata: dict) -> Mix
         mixture = Mixture(weights.float(), words.split(sizes.tolist()))
         tensors["image_syn"] = _first_pictures(mixture, metadata["mean"], metadata["std"])
         fits = weights.shape == (len(tensors["text_syn"]), len(sizes)) and torch.isfinite(weights).all()
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"{KIND} {path} is not whole: its pictures cannot be read ({error}); make it again") from error
     if not fits:
         raise InputError(f"{KIND} {path} is not whole: its weights do not fit its pictures; make it again")

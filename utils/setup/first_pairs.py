@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.io import decode_jpeg
 
 from data.errors import InputError
 from data.pairs import PairDataset, load_images
 from data.transforms import normalize
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
-from utils.sets import Pairs, PictureForm, SynSet, as_words, initial_similarity, load_synset
+from utils.sets import Pairs, PictureForm, SynSet, as_words, initial_similarity, load_synset, read_words
 from utils.setup.backbones import Backbone
 
 UNIT = (0.0,) * 3, (1.0,) * 3  # mean and std of pixels that several encoders share
@@ -67,7 +66,7 @@ def first_pairs(
     pictures = words = None
     if args.pix_param == "mixture":
         words = as_words(torch.cat([images, load_images(others, args.image_size)]) if others else images)
-        pictures = normalize(torch.stack(decode_jpeg(words)), mean, std)
+        pictures = normalize(read_words(words), mean, std)
     elif args.text_only and not args.image_trainable:
         pictures = image_syn  # they stay, and go through each encoder once for the whole run
     if pictures is not None:
