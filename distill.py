@@ -4,13 +4,11 @@ Each iteration starts a student at an expert's epoch, takes syn_steps contrastiv
 the gradient of its distance to where the expert went back into pictures, text embeddings and learning rates.
 """
 
-import functools
 import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -21,7 +19,7 @@ from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
 from utils.experts import stored_lora
 from utils.log import open_log
-from utils.matching import OutOfMemory, PairChunk, Prefetch, fit_first_rates, fit_pair_chunk, iteration_numbers
+from utils.matching import OutOfMemory, Prefetch, iteration_numbers
 from utils.report import RunReport, Sources
 from utils.scoring import (
     TEST_SEED,
@@ -34,20 +32,20 @@ from utils.scoring import (
 from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
+    Student,
     args_of_encoders,
+    draw_encoders,
     encoder_names,
     find_device,
     first_pairs,
     make_evaluation,
     make_learner,
-    make_student_loss,
     mean_share,
     open_backbones,
     open_data,
     pairs_of_encoder,
-    rates_to_fit,
 )
-from utils.student import check_shares, mean_matching, mean_over_encoders
+from utils.student import mean_matching, mean_over_encoders
 
 
 def parse_args(argv=None):
@@ -86,7 +84,7 @@ def distill(run: "Distillation") -> None:
         # The three are one call: steps are taken again on the way back, so that the memory is that of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
         matchings = {
-            number: run.within_memory(mean_matching, number, drawn, pairs=pairs_of_encoder(learner.pairs, number))
+            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(learner.pairs, number))
             for number, drawn in segments.items()
         }
         losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
@@ -139,31 +137,24 @@ class Distillation:
         self.start_log(command)
 
     def start_students(self) -> None:
-        """The student's loss of each encoder, what iterations read ahead, and how many pairs fit into memory."""
-        args = self.args
-        self.loss_fns = [make_student_loss(args, backbone, self.form) for backbone in self.backbones]
-        self.prefetch = Prefetch(self.read_segments, end=args.Iteration)
-        # How the student steps, and how its gradient goes back, is the same in a trial of the memory and in the run.
-        self.student = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
-        self.pair_chunks = []
-        for number, (backbone, loss_fn) in enumerate(zip(self.backbones, self.loss_fns, strict=True)):
-            problem = loss_fn, backbone.start, pairs_of_encoder(self.pairs, number), backbone.draws.batch_size
-            size = args.pair_chunk or fit_pair_chunk(*problem, **self.student)
-            check_shares(*problem, size)
-            # Later the card may have less room than in the trial; a chunk that the user gave is not changed.
-            self.pair_chunks.append(PairChunk(size, may_shrink=not args.pair_chunk))
+        """The student of each encoder, and what iterations read ahead."""
+        rates = [pairs_of_encoder(self.pairs, number) for number in range(len(self.backbones))]
+        self.students = [
+            Student(self.args, backbone, pairs, self.form)
+            for backbone, pairs in zip(self.backbones, rates, strict=True)
+        ]
+        self.prefetch = Prefetch(self.read_segments, end=self.args.Iteration)
 
     def read_segments(self, iteration: int) -> dict[int, list]:
-        """What the iteration matches, by the number of the encoder: of all, or of --encoders_per_step drawn ones."""
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + iteration)
-        drawn = torch.randperm(len(self.backbones), generator=generator)[: self.args.encoders_per_step].sort().values
-        return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn.tolist()}
+        """What the iteration matches, by the number of the encoder."""
+        drawn = draw_encoders(self.args, len(self.backbones), iteration)
+        return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
 
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
-            for number, backbone in enumerate(self.backbones):
-                self.fit_first_rates(number, backbone.draws.read(0, self.device))
+            for number, student in enumerate(self.students):
+                student.fit_first_rates(pairs_of_encoder(self.pairs, number))
         self.learner = make_learner(self.args, self.pairs)
         if self.args.resume:
             resume(self.args, self.learner)
@@ -178,6 +169,7 @@ class Distillation:
             text_embed=self.real_embed,
             validation=shown.scored["val"],
             test=shown.scored["test"],
+            encoder=shown.name,
             factory=shown.factory,
             judge=shown.judge,
             evaluation=make_evaluation(args),
@@ -189,21 +181,6 @@ class Distillation:
         self.log(shown.training, step=self.learner.iteration)
         hidden = None if ranks.is_first() else True  # None: where stderr is no terminal
         self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=hidden)
-
-    def fit_first_rates(self, number: int, segments) -> None:
-        """Chooses the first rates of an encoder that are to fit, if any, on the segments of the first iteration."""
-        names, pairs = rates_to_fit(self.args), pairs_of_encoder(self.pairs, number)
-        if not names:
-            return
-        # In place: the learner, and the student's trials, have these tensors.
-        for name, rate in self.within_memory(fit_first_rates, number, segments, pairs=pairs, names=names).items():
-            getattr(pairs, name).fill_(rate)
-        print(f"first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
-
-    def within_memory(self, function, number: int, segments, **problem):
-        """`function` of an encoder's student on `segments`, with as many pairs at a time as fit into memory."""
-        call = functools.partial(function, self.loss_fns[number], segments, **problem, **self.student)
-        return self.pair_chunks[number].fit(call, batch_size=len(segments[0].batches[0]))
 
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""
@@ -265,7 +242,7 @@ class Distillation:
         pictures = f"pictures in {self.folder}/synthetic_images_*.png, " if self.args.draw else ""
         print(f"sets in {self.folder}/iteration_*.safetensors, {pictures}numbers in {self.folder}/metrics.jsonl")
         with ranks.alone():
-            self.page.finish(self.log, best, by_encoder[0])
+            self.page.finish(self.log, best, dict(zip(encoder_names(vars(self.args)), by_encoder, strict=True)))
         self.log.finish()
 
     def log_iteration(self, matching, segments: dict, losses: dict, warnings: list[str]) -> None:

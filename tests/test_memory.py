@@ -7,6 +7,7 @@ import torch
 
 import distill
 from data.errors import InputError
+from utils.experts import Trajectory
 from utils.matching.memory import OutOfMemory, free_memory, guarded, pair_chunk_advice, plan_pair_chunk
 from utils.matching.prefetch import Prefetch
 
@@ -179,7 +180,7 @@ def test_an_expert_that_vanishes_is_one_line(run_distill, tmp_path, capsys, monk
             raise OSError("Input/output error")
         return snapshot(*args)
 
-    snapshot = distill.find_trajectories.__globals__["Trajectory"].snapshot
+    snapshot = Trajectory.snapshot
     monkeypatch.setattr("utils.experts.trajectory.Trajectory.snapshot", vanish)
     assert run_distill(tmp_path, "--Iteration", 4) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -126,7 +126,10 @@ def test_experts_of_each_encoder_by_one_command(two):
 
 @pytest.mark.parametrize("more", [[], MIXTURE, ["--text_only"], ["--encoders_per_step", "1"]])
 def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tmp_path, capsys, more):
-    assert run(tmp_path / "a", *more) == 0
+    assert run(tmp_path / "a", "--report", *more) == 0
+    page = json.loads((tmp_path / "a/report.json").read_text())
+    encoders = [row["image_encoder"] for row in page["test"] if row["set"].startswith("best")]
+    assert encoders == ["test_nfnet", "test_resnet"]
     out = capsys.readouterr().out
     assert "on test_nfnet |" in out and "on test_resnet |" in out
     assert run(tmp_path / "b", "--Iteration", 1, *more) == 0

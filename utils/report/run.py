@@ -40,6 +40,7 @@ class Sources:
         settings: of the run, by name.
         captions, text_embed: of the real pairs; text_embed [N, D_text].
         validation, test: (RetrievalSet, text_embed [C, D_text]) each.
+        encoder: name of the image encoder that the page is about, one of those of the run.
         factory, judge: `ModelFactory` of the experts, and of the networks that score sets.
         evaluation: how these train.
         experts: trajectories; the map and the search take the first one's last snapshot.
@@ -52,6 +53,7 @@ class Sources:
     text_embed: Tensor
     validation: tuple
     test: tuple
+    encoder: str
     factory: object
     judge: object
     evaluation: Evaluation
@@ -116,13 +118,13 @@ class RunReport:
         with self.aside("the report's search"):
             self.set_features = self._sample_features(self.search_sample, model)
 
-    def finish(self, log: Log, best: SynSet, results: list[dict]) -> None:
-        """Adds the final table and the search; `results` are the test recalls of `best`."""
+    def finish(self, log: Log, best: SynSet, results: dict[str, list[dict]]) -> None:
+        """Adds the final table and the search; `results` are the test recalls of `best` by image encoder."""
         if self.enabled:
             with self.aside("report.html"):
                 self._finish(log, best, results)
 
-    def _finish(self, log: Log, best: SynSet, results: list[dict]) -> None:
+    def _finish(self, log: Log, best: SynSet, results: dict[str, list[dict]]) -> None:
         rows = self._test_rows(best, results)
         self.known["test"] = [row for row, _ in rows]
         if self.set_features is not None:
@@ -150,7 +152,8 @@ class RunReport:
         """Recalls of networks trained on a set that is compared with; None, and a line, if their loss diverges."""
         seed += self.sources.settings["seed"]
         try:
-            return evaluate_synset(self.sources.judge, synset, retrieval, self.sources.evaluation, seed)
+            own = synset.for_encoder(self.sources.encoder)
+            return evaluate_synset(self.sources.judge, own, retrieval, self.sources.evaluation, seed)
         except NonFiniteLoss as error:
             print(f"report: no row for {name}: {error}")
             return None
@@ -163,7 +166,7 @@ class RunReport:
                 done |= {path: _summary(path, results)} if results else {}
         return [done[path] for path in self.coresets if path in done]
 
-    def _test_rows(self, best: SynSet, results: list[dict]) -> list[tuple[dict, SynSet | None]]:
+    def _test_rows(self, best: SynSet, results: dict[str, list[dict]]) -> list[tuple[dict, SynSet | None]]:
         first = first_and_shown(self.folder)[0]
         compared = {"initial pairs": first} if first and best.settings["iteration"] else {}
         compared |= {Path(path).stem: synset for path, synset in self.coresets.items()}
@@ -172,13 +175,15 @@ class RunReport:
             scores = self._score(name, synset, self.sources.test, TEST_SEED)
             if scores:
                 rows.append((self._row(name, synset, scores), synset))
-        rows.append((self._row(f"best, iteration {best.settings['iteration']}", best, results), best))
+        for encoder, recalls in results.items():
+            row = self._row(f"best, iteration {best.settings['iteration']}", best.for_encoder(encoder), recalls)
+            rows.append(({**row, "image_encoder": encoder}, best))
         rows.append((self._row(ALL_DATA, None, self._test_experts()), None))
         return rows
 
     def _row(self, name: str, synset: SynSet | None, results: list[dict]) -> dict:
         row = {**_summary(name, results), "trains": self.sources.judge.trains}
-        row["image_encoder"] = self.sources.settings["image_encoder"]
+        row["image_encoder"] = self.sources.encoder
         if synset is None:
             return {**row, "trains": self.sources.factory.trains}
         return {**row, "pairs": len(synset.captions), "rates": [synset.syn_lr_img, synset.syn_lr_txt]}

@@ -27,6 +27,8 @@ def describe(settings: dict) -> list[str]:
     """Sentences on how a set was made, as far as its settings say."""
     if not str(settings.get("method", "")).startswith(("distilled", "initial")):
         return [f"Real pairs of {settings.get('dataset')}, chosen by {settings.get('method')}."]
+    if isinstance(settings.get("image_encoder"), list):
+        settings = {**settings, "image_encoder": " or ".join(settings["image_encoder"])}
     told = [
         "{num_queries} pairs of a picture ({image_size} × {image_size} pixels) and a text embedding stand for all "
         f"training pairs of {{dataset}}. They start from {_start(settings)}."
@@ -38,6 +40,8 @@ def describe(settings: dict) -> list[str]:
     )
     if settings.get("segments", 1) > 1:
         told.append("An iteration takes the mean over {segments} such students.")
+    if settings.get("pix_param") == "mixture":
+        told.append("A picture is a mixture of {pix_words} real ones after the encoder: its weights are learned.")
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
     if settings.get("image_trainable") is False:

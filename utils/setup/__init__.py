@@ -3,6 +3,7 @@
 from utils.setup.backbones import (
     Backbone,
     args_of_encoders,
+    draw_encoders,
     encoder_names,
     mean_share,
     open_backbones,
@@ -16,7 +17,7 @@ from utils.setup.data import (
     open_data,
     retrieval_pairs,
 )
-from utils.setup.first_pairs import encoder_features, first_pairs, rates_to_fit
+from utils.setup.first_pairs import encoder_features, first_pairs
 from utils.setup.networks import (
     describe_training,
     expert_training,
@@ -25,4 +26,4 @@ from utils.setup.networks import (
     make_evaluation,
     make_factory,
 )
-from utils.setup.student import make_learner, make_student_loss, pairs_of_encoder
+from utils.setup.student import Student, make_learner, pairs_of_encoder

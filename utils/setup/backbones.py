@@ -144,6 +144,12 @@ def make_draws(args, experts: list) -> Draws:
     )
 
 
+def draw_encoders(args, number: int, iteration: int) -> list[int]:
+    """Which of the `number` encoders take part in an iteration: all, or --encoders_per_step drawn ones."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+    return torch.randperm(number, generator=generator)[: args.encoders_per_step].sort().values.tolist()
+
+
 def mean_share(backbones: list[Backbone], by_encoder: list) -> float:
     """How good a set is by its recalls on validation: their mean, over several encoders that of the experts' shares."""
     recalls = [mean_and_std(results)[0]["r_mean"] for results in by_encoder]

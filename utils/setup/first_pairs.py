@@ -103,12 +103,6 @@ def first_rate(given: float | str, backbones: int) -> Tensor:
     return rate if backbones == 1 else rate.repeat(backbones)
 
 
-def rates_to_fit(args) -> list[str]:
-    """The names, as in `Pairs`, of the first rates that are not given but to be fitted."""
-    given = {"syn_lr_img": args.lr_teacher_img, "syn_lr_txt": args.lr_teacher_txt}
-    return [name for name, rate in given.items() if rate == FIT]
-
-
 def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
     """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
     synset = load_synset(args.init_set)

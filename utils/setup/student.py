@@ -1,23 +1,54 @@
 """The student of each encoder, and the learner that moves the pairs."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from utils.matching import PairLearner
+from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
 from utils.scoring import embed_batches
 from utils.sets import Pairs, PictureForm, mix
 from utils.setup.backbones import Backbone
 from utils.setup.first_pairs import UNIT
-from utils.student import StudentLoss
+from utils.student import Segment, StudentLoss, check_shares
 
 
-def make_student_loss(args, backbone: Backbone, form: PictureForm) -> StudentLoss:
-    """The loss whose gradient the student of the encoder steps with."""
-    embed = _embedding(backbone, form, args.batch_size_test)
-    return StudentLoss(backbone.model, alpha=args.alpha, blend_alpha=args.blend_alpha, embed=embed)
+class Student:
+    """The student over one encoder, with as many pairs at a time as fit into memory.
+
+    Args:
+        pairs: the first ones, with the rates of this encoder.
+    """
+
+    def __init__(self, args, backbone: Backbone, pairs: Pairs, form: PictureForm):
+        self.args, self.draws = args, backbone.draws
+        embed = _embedding(backbone, form, args.batch_size_test)
+        self.loss_fn = StudentLoss(backbone.model, alpha=args.alpha, blend_alpha=args.blend_alpha, embed=embed)
+        # How it steps, and how its gradient goes back, is the same in a trial of the memory and in the run.
+        self.steps = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
+        problem = self.loss_fn, backbone.start, pairs, self.draws.batch_size
+        size = args.pair_chunk or fit_pair_chunk(*problem, **self.steps)
+        check_shares(*problem, size)
+        # Later the card may have less room than in the trial; a chunk that the user gave is not changed.
+        self.chunk = PairChunk(size, may_shrink=not args.pair_chunk)
+
+    def run(self, function: Callable, segments: Sequence[Segment], **problem):
+        """`function` of the student's loss and `segments`, such as `mean_matching`."""
+        call = functools.partial(function, self.loss_fn, segments, **problem, **self.steps)
+        return self.chunk.fit(call, batch_size=len(segments[0].batches[0]))
+
+    def fit_first_rates(self, pairs: Pairs) -> None:
+        """Chooses the first rates of `pairs` that are to fit, if any, in place, on the segments of iteration 0."""
+        given = {"syn_lr_img": self.args.lr_teacher_img, "syn_lr_txt": self.args.lr_teacher_txt}
+        names = [name for name, rate in given.items() if rate == FIT]
+        if not names:
+            return
+        segments = self.draws.read(0, pairs.image_syn.device)
+        for name, rate in self.run(fit_first_rates, segments, pairs=pairs, names=names).items():
+            getattr(pairs, name).fill_(rate)
+        print(f"first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
 
 
 def _embedding(backbone: Backbone, form: PictureForm, batch_size: int) -> Callable[[Tensor], Tensor] | None:
