@@ -31,7 +31,7 @@ TRIAL = 5  # iterations that tell the pace
 PROTOCOL = {"epoch_eval_train": 100, "batch_train": 128}  # of the networks of every cell, while it runs and at last
 LOOKS = 4  # evaluations on validation, beside the one at the start
 # Settings that change with the number of pairs: as published for Flickr30K by LoRS, RepBlend and PTM-ST, and what was
-# found for `heads` (docs/methods.md).
+# found for `heads` (docs/notebook/outer-optimizers.md).
 OF_LORS = {
     200: {"lr_img": 1000, "lr_txt": 1000, "sim_rank": 5, "alpha": 1},
     500: {"lr_img": 1000, "lr_txt": 1000, "lr_sim": 100, "sim_rank": 20, "alpha": 0.01, "mini_batch_size": 40},

@@ -1,7 +1,8 @@
-"""README.md and docs/: the program in them runs, links lead somewhere, commands have the flags that are there."""
+"""The pages: the program in them runs, links lead somewhere, commands have the flags that are there, results agree."""
 
 import functools
 import importlib
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS, NOTEBOOK = ROOT / "docs", ROOT / "docs/notebook"
+MANUAL = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*MANUAL, *sorted(NOTEBOOK.glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"\b(?:python (?:-m )?|torchrun .*?(?=\w+\.py))(\S+)(.*)")
 
@@ -49,21 +53,58 @@ def run(program: str) -> dict:
     """The names that a program leaves behind."""
     torch.manual_seed(0)
     names = {}
-    exec(compile(program, "README.md", "exec"), names)
+    exec(compile(program, "docs/files.md", "exec"), names)
     return names
 
 
-def headings(page: Path) -> set[str]:
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def headings(page: Path) -> list[str]:
     """The names that a page's headings have in links."""
-    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def test_program_of_the_readme_trains_a_network_on_a_saved_set(straight, tmp_path, monkeypatch):
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", prose(page))
+
+
+def means(page: Path) -> set[str]:
+    """Recalls with their deviations, such as 34.3 ± 0.2."""
+    return set(re.findall(r"\d+\.\d ± \d+\.\d", " ".join(page.read_text(encoding="utf-8").split())))
+
+
+def section(page: Path, title: str) -> str:
+    return prose(page).partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def first_table(text: str) -> list[list[str]]:
+    """The cells of its rows, without its head."""
+    rows = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    rows = itertools.takewhile(lambda line: line.startswith("|"), rows)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows][2:]
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+\.\d", text)
+
+
+def seeds(of_seed: dict[str, str]) -> list[str]:
+    return [mean for _, mean in sorted(of_seed.items())]
+
+
+def test_the_program_of_the_docs_trains_a_network_on_a_saved_set(straight, tmp_path, monkeypatch):
     (tmp_path / "runs/demo").mkdir(parents=True)
     shutil.copy(straight / "best.safetensors", tmp_path / "runs/demo")
     monkeypatch.chdir(tmp_path)
-    (program,) = blocks(ROOT / "README.md", "python")
+    (program,) = blocks(DOCS / "files.md", "python")
     names = run(program)
     with safe_open("runs/demo/best.safetensors", "pt") as file:
         image_syn, *rates = (file.get_tensor(name) for name in ("image_syn", "syn_lr_img", "syn_lr_txt"))
@@ -73,16 +114,17 @@ def test_program_of_the_readme_trains_a_network_on_a_saved_set(straight, tmp_pat
     assert names["loss"] < 0.8 * run(program.replace("range(20)", "range(1)"))["loss"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target in links(page):
         if not target.startswith("https://"):
             file, _, heading = target.partition("#")
-            assert (page.parent / file).is_file(), target
-            assert not heading or heading in headings(page.parent / file), target
+            there = page.parent / file if file else page
+            assert there.is_file(), target
+            assert not heading or headings(there).count(heading) == 1, target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_use_flags_that_exist(page):
     for program, arguments in commands(page):
         own, _, handed_on = arguments.partition(" -- ")  # from a benchmark to the script that it runs
@@ -91,6 +133,38 @@ def test_commands_use_flags_that_exist(page):
             assert not unknown, f"{taker} has no {unknown}"
 
 
-def test_every_page_is_linked_from_the_readme():
-    readme = PAGES[0].read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+@pytest.mark.parametrize("folder", [DOCS, NOTEBOOK], ids=name_of)
+def test_every_page_is_linked_from_the_list_of_its_folder(folder):
+    contents = {DOCS: ROOT / "README.md", NOTEBOOK: NOTEBOOK / "README.md"}[folder]
+    linked = {(contents.parent / target).resolve() for target in links(contents)}
+    assert [page.name for page in folder.glob("*.md") if page not in linked | {contents}] == []
+
+
+def test_results_of_the_readme_stand_in_a_page():
+    readme, *pages = MANUAL
+    assert means(readme) - set().union(*map(means, pages)) == set()
+
+
+@pytest.mark.parametrize("page", ["methods", "heads", "comparing"])
+def test_results_of_a_page_stand_in_the_notebook(page):
+    measured = set().union(*map(means, NOTEBOOK.glob("*.md")))
+    assert means(DOCS / f"{page}.md") - measured == set()
+
+
+def test_table_of_recipes_is_that_of_the_notebook():
+    recalls, paces = {}, {}
+    for network in ("Heads over frozen encoders", "Whole networks"):
+        for row in first_table(section(NOTEBOOK / "field.md", network)):
+            pairs, recipe, gradient, seed, iterations, seconds, *_, mean = row
+            cell = network, pairs, recipe.replace("Adam, all pairs", "adam")
+            if gradient == "exact":
+                recalls.setdefault(cell, {})[seed] = mean.split()[0]
+                paces[(*cell, seed)] = f"{iterations}, {seconds}"
+    rows = first_table(prose(DOCS / "methods.md"))
+    assert len(rows) == 6
+    for recipe, _, *of_heads, pace, whole in rows:
+        recipe = recipe.strip("`")
+        for pairs, text in zip(("100", "200", "500"), of_heads, strict=True):
+            assert numbers(text) == seeds(recalls["Heads over frozen encoders", pairs, recipe])
+        assert numbers(whole) == seeds(recalls.get(("Whole networks", "100", recipe), {}))
+        assert pace == paces["Heads over frozen encoders", "100", recipe, "0"]
