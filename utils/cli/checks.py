@@ -5,7 +5,7 @@ from utils.scoring import look_epochs
 from utils.sets import is_released
 
 # Flags of evaluate.py without effect beside --export and --export_pt.
-TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
+TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report", "map_captions")
 
 
 def check_first_pairs(args) -> None:
@@ -47,6 +47,14 @@ def check_encoder_features(args, flag: str, way_out: str = "") -> None:
     if not (args.image_pretrained or args.image_checkpoint):
         raise InputError(
             f"{flag} needs a pretrained image encoder; drop --no_image_pretrained, give --image_checkpoint{way_out}"
+        )
+
+
+def check_texts(args) -> None:
+    """Of evaluate.py: sentences for a map that --texts nearest does without."""
+    if args.map_captions and args.texts == "nearest":
+        raise InputError(
+            "--map_captions is for texts carried between text encoders; --texts nearest needs none, drop it"
         )
 
 

@@ -15,6 +15,9 @@ from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, s
 
 KIND = "set of pairs"
 TENSORS = ("image_syn", "text_syn", "syn_lr_img", "syn_lr_txt")
+# Methods of coreset.py: a pair's text is the embedding of its caption, or something made from several embeddings.
+REAL_PAIRS = ("random", "herding", "kcenter", "kmeans", "forgetting")
+MADE_TEXTS = ("prototypes",)
 
 
 @dataclass
@@ -32,6 +35,7 @@ class SynSet:
         similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
         loss_type: what to train with, see `networks.loss.PairLoss`.
         phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
+        texts: where text_syn comes from; "learned" is from the file, for others see `utils.setup.texts`. Not saved.
     """
 
     image_syn: torch.Tensor
@@ -48,6 +52,15 @@ class SynSet:
     alpha: float = 1.0
     loss_type: str = "InfoNCE"
     phases: int = 1
+    texts: str = "learned"
+
+    @property
+    def texts_are_captions(self) -> bool:
+        """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
+        method = self.settings.get("method")
+        if method in ("initial", "distilled images"):  # the texts are those that distillation started from
+            return self.settings.get("txt_init") != "noise" and not self.settings.get("init_set")
+        return method in REAL_PAIRS
 
     @property
     def targets(self) -> torch.Tensor | None:

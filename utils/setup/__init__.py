@@ -18,3 +18,4 @@ from utils.setup.networks import (
     make_factory,
 )
 from utils.setup.student import make_draws, make_learner, make_student_loss
+from utils.setup.texts import with_texts
