@@ -38,7 +38,7 @@ def check_coreset(args) -> None:
         raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
     if args.method == "forgetting" and args.batch_size_train < 2:
         raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
-    if args.method in ("herding", "kcenter", "kmeans") and args.features != "text":
+    if args.method in ("herding", "kcenter", "kmeans", "prototypes") and args.features != "text":
         check_encoder_features(args, f"--features {args.features}", " or use --features text")
 
 

@@ -7,6 +7,7 @@ from utils.scoring.coresets import (
     highest,
     kcenter,
     kmeans,
+    prototypes,
     random_rows,
 )
 from utils.scoring.evaluation import BEST_LOOK, TEST_SEED, VALIDATION_SEED, Evaluation, evaluate_synset, look_epochs

@@ -28,7 +28,7 @@ class SynSet:
         image_syn: [M, 3, H, W], pixels normalised with mean and std.
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
         syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with.
-        captions: the nearest real caption of each row of text_syn; of a coreset, the pair's own.
+        captions: the nearest real caption of each row of text_syn; of real pairs, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
