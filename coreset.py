@@ -2,8 +2,8 @@
 
 Every method takes a picture at most once. random: a random caption of random pictures. herding: the pairs whose mean
 feature is nearest to that of all pairs, one after another. kcenter: always the pair farthest from those chosen.
-kmeans: the pairs nearest to the centres of as many clusters. forgetting: the pairs that an expert forgets most often
-while it trains, or never learns.
+kmeans: the pairs nearest to the centres of as many clusters. prototypes: the pictures of kmeans, each with the mean
+text embedding of its cluster. forgetting: the pairs that an expert forgets most often while it trains, or never learns.
 """
 
 import functools
@@ -25,13 +25,15 @@ from utils.scoring import (
     highest,
     kcenter,
     kmeans,
+    nearest_captions,
+    prototypes,
     random_rows,
     train_epochs,
 )
-from utils.sets import SynSet, picture_grid, save_synset
+from utils.sets import MADE_TEXTS, REAL_PAIRS, SynSet, picture_grid, save_synset
 from utils.setup import Data, encoder_features, expert_loader, expert_training, find_device, open_data
 
-METHODS = ("random", "herding", "kcenter", "kmeans", "forgetting")
+METHODS = (*REAL_PAIRS, *MADE_TEXTS)
 
 
 def parse_args(argv=None):
@@ -47,7 +49,8 @@ def parse_args(argv=None):
         "--features",
         choices=("image", "text", "joint"),
         default="joint",
-        help="what herding, kcenter and kmeans compare: the pretrained encoders' L2-normalised features, joint is both",
+        help="what herding, kcenter, kmeans and prototypes compare: the pretrained encoders' L2-normalised features, "
+        "joint is both",
     )
     cli.add_expert_flags(parser, for_set=True)
     output = parser.section("output")
@@ -82,6 +85,7 @@ def main(argv=None):
 
     # The choice: rows of the split, in the order in which they were chosen, and a score for each.
     generator = torch.Generator().manual_seed(args.seed)
+    texts = None  # the embeddings of the chosen pairs' captions
     if args.method == "random":
         # Of each picture one caption, by chance too; nothing ranks the pairs.
         rows = random_rows(real.row_to_image, args.num_queries, generator)
@@ -90,6 +94,11 @@ def main(argv=None):
         # Pairs that the expert never learned count as forgotten most often; ties are broken by chance.
         forgotten = count_forgetting(loader, data, args, device)
         rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
+    elif args.method == "prototypes":
+        # The pictures of k-means; a text stands for all captions of its cluster.
+        (rows, scores), texts = prototypes(
+            features, real.row_to_image, args.num_queries, generator, text_embed=data.real_embed
+        )
     else:
         # These compare features, and do not draw but for the first centres of k-means.
         by_name = {"herding": herding, "kcenter": kcenter, "kmeans": functools.partial(kmeans, generator=generator)}
@@ -97,7 +106,7 @@ def main(argv=None):
         rows, scores = choose(features, real.row_to_image, args.num_queries)
 
     # The set has the form of a distilled one, so that all that reads those reads it.
-    synset = as_set(rows, scores, data, args)
+    synset = as_set(rows, scores, texts, data, args)
     save_synset(output, synset)
     print(f"{args.method}: {len(rows)} of {len(real)} pairs of {len(real.paths)} pictures, saved to {output}")
     if args.draw:  # for people to look at
@@ -125,19 +134,28 @@ def count_forgetting(loader, data: Data, args, device):
     return counter.scores()
 
 
-def as_set(rows, scores, data: Data, args) -> SynSet:
-    """The chosen pairs with their captions, file names and scores; the rates are those of the flags."""
+def as_set(rows, scores, texts, data: Data, args) -> SynSet:
+    """The chosen pairs with their captions, file names and scores; the rates are those of the flags.
+
+    Args:
+        texts: [M, D_text], in the place of the captions' embeddings, with the real captions nearest to them; or None.
+    """
     real, encoder = data.real, data.factory.encoder
     # The pictures are as the test transform gives them, without augmentation.
     pictures = real.row_to_image[rows].tolist()
     images = load_images([real.paths[i] for i in pictures], args.image_size)
+    captions = [real.captions[row] for row in rows]
+    if texts is None:
+        texts = data.real_embed[rows]
+    else:
+        captions = nearest_captions(texts, data.real_embed, real.captions)
     return SynSet(
         image_syn=normalize(images, encoder.mean, encoder.std),
-        text_syn=data.real_embed[rows],
+        text_syn=texts,
         # Nothing was learned: --tune_rates of evaluate.py finds rates that are fair to all sets of a table.
         syn_lr_img=args.lr_teacher_img,
         syn_lr_txt=args.lr_teacher_txt,
-        captions=[real.captions[row] for row in rows],
+        captions=captions,
         mean=encoder.mean,
         std=encoder.std,
         settings=vars(args),

@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
-from data.text_cache import embed_captions
 from networks.clip_model import ModelFactory, trained_parameters
 from networks.loss import LOSS_TYPES
 from utils import cli, ranks
-from utils.cli.checks import check_export, check_looks
+from utils.cli.checks import check_export, check_looks, check_texts
 from utils.cli.inheritance import (
     OF_ENCODER,
     PROTOCOL,
@@ -59,6 +58,7 @@ from utils.setup import (
     make_factory,
     make_text_encoder,
     retrieval_pairs,
+    with_texts,
 )
 
 
@@ -82,8 +82,13 @@ def parse_args(argv=None):
         "--texts",
         choices=("learned", "nearest"),
         default="learned",
-        help="train on the texts as they are in the set, or on the real captions nearest to them, embedded anew: so a "
-        "set can be tried with another --text_encoder",
+        help="train on the set's own texts, carried over if --text_encoder is not the one they were made with: by a "
+        "linear map or, of real pairs, by embedding their captions anew; or on the real captions nearest to them",
+    )
+    pairs(
+        "--map_captions",
+        metavar="FILE",
+        help="fit that map on these sentences, one a line or a .json list, instead of the training captions",
     )
     cli.add_evaluation_flags(parser)
     evaluation = parser.section("evaluation")
@@ -135,6 +140,7 @@ def main(argv=None):
     # What cannot work is refused before anything is read. The networks of one table train alike, but each image
     # encoder has its own checkpoint, adapters and projection: its own command line.
     check_looks(args)
+    check_texts(args)
     check_shared(synsets, args)
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
@@ -194,18 +200,12 @@ def open_splits(synsets: dict[str, SynSet], args) -> tuple[dict, tuple, tuple | 
         # Rates are tuned on validation; where none are, its pictures need not be there.
         splits = {split: find_split(args, split) for split in (["val", "test"] if args.tune_rates else ["test"])}
         text_encoder = make_text_encoder(args)
-        if args.texts == "nearest":
-            synsets = {path: with_nearest_texts(synset, text_encoder, args) for path, synset in synsets.items()}
-        # After the line above: other embeddings of the same captions may fit where the learned ones do not.
+        synsets = with_texts(synsets, text_encoder, args)
+        # After the line above: texts that are carried over or embedded anew fit where the set's own do not.
         check_widths(synsets, text_encoder.width, args)
         test = retrieval_pairs(args, splits["test"], text_encoder)
         validation = retrieval_pairs(args, splits["val"], text_encoder) if args.tune_rates else None
     return synsets, test, validation
-
-
-def with_nearest_texts(synset: SynSet, text_encoder, args) -> SynSet:
-    """The set with the embeddings of its captions, the real ones nearest to its texts, in their place."""
-    return replace(synset, text_syn=embed_captions(synset.captions, text_encoder, args.cache_dir))
 
 
 def export(synsets: dict[str, SynSet], args) -> None:
@@ -261,7 +261,7 @@ def rows_of_sets(synsets: dict[str, SynSet], test, image_encoder: str, factory: 
         except NonFiniteLoss as error:
             print(f"no row for {path} on {image_encoder}: {error}")
             continue  # the other rows are worth having
-        yield row_of_set(path, synset, image_encoder, factory.trains, args.texts, results, args.looks)
+        yield row_of_set(path, synset, image_encoder, factory.trains, results, args.looks)
 
 
 def row_of_experts(factory: ModelFactory, test, args, is_first: bool) -> dict | None:

@@ -87,6 +87,27 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
     return _group(path, _csv_rows(path, split) if path.suffix == ".csv" else _json_rows(path))
 
 
+def read_sentences(path: str | Path) -> list[str]:
+    """Distinct sentences, cleaned as captions are: a text file with one a line, or a .json list of strings.
+
+    Raises InputError if the file cannot be read or holds no sentence.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".json":
+        sentences = _read_json(path)
+        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+            raise InputError(f"{path} is not a list of strings; give one, or a text file with one sentence a line")
+    else:
+        try:
+            sentences = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path} ({_one_line(error)}); give a readable UTF-8 file") from error
+    cleaned = [sentence for sentence in dict.fromkeys(map(clean_caption, sentences)) if sentence]
+    if not cleaned:
+        raise InputError(f"{path} holds no sentence; give a file with one a line, or a .json list of strings")
+    return cleaned
+
+
 def _usual_names(dataset: str, stem: str) -> list[str]:
     published = PUBLISHED.get(dataset, [name for names in PUBLISHED.values() for name in names])
     return [*published, *USUAL, f"{stem}.json", f"{stem}.jsonl", f"{stem}.tsv"]

@@ -6,7 +6,7 @@ from utils.sets import is_released
 from utils.setup import args_of_encoders, encoder_names
 
 # Flags of evaluate.py without effect beside --export and --export_pt.
-TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report")
+TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report", "map_captions")
 
 
 def check_first_pairs(args) -> None:
@@ -60,7 +60,7 @@ def check_coreset(args) -> None:
         raise InputError("--method forgetting needs --train_epochs of 2 or more: nothing seen once can be forgotten")
     if args.method == "forgetting" and args.batch_size_train < 2:
         raise InputError("--method forgetting needs --batch_size_train of 2 or more: a pair alone is always matched")
-    if args.method in ("herding", "kcenter", "kmeans") and args.features != "text":
+    if args.method in ("herding", "kcenter", "kmeans", "prototypes") and args.features != "text":
         check_encoder_features(args, f"--features {args.features}", " or use --features text")
 
 
@@ -69,6 +69,14 @@ def check_encoder_features(args, flag: str, way_out: str = "") -> None:
     if not (args.image_pretrained or args.image_checkpoint):
         raise InputError(
             f"{flag} needs a pretrained image encoder; drop --no_image_pretrained, give --image_checkpoint{way_out}"
+        )
+
+
+def check_texts(args) -> None:
+    """Of evaluate.py: sentences for a map that --texts nearest does without."""
+    if args.map_captions and args.texts == "nearest":
+        raise InputError(
+            "--map_captions is for texts carried between text encoders; --texts nearest needs none, drop it"
         )
 
 

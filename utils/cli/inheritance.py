@@ -24,9 +24,8 @@ OF_ENCODER = {
     "only_has_image_projection": False,
     **dict.fromkeys(LORA),
 }
-# What the sets of one table share: splits, and where the texts come from; with --texts nearest the splits alone.
-SPLITS = "dataset", "split_seed"
-SHARED = (*SPLITS, "text_encoder", "text_pooling", "text_pretrained")
+# What the sets of one table share. Texts of another text encoder are carried over, see `utils.setup.texts`.
+SHARED = "dataset", "split_seed"
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 
@@ -91,7 +90,7 @@ def with_flags(synset: SynSet, args) -> SynSet:
 
 
 def check_shared(synsets: dict[str, SynSet], args) -> None:
-    """Raises InputError if a set belongs to another dataset or text encoder, or has no captions to embed."""
+    """Raises InputError if a set belongs to another dataset or to other splits, or has no captions to embed."""
     for path, synset in synsets.items():
         _check_shared(path, synset, args)
 
@@ -102,11 +101,11 @@ def _check_shared(path: str, synset: SynSet, args) -> None:
             raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
         return
     made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
-    for key in SHARED if args.texts == "learned" else SPLITS:
+    for key in SHARED:
         if made_with.get(key) != getattr(args, key):
             raise InputError(
                 f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
-                "sets of one table share dataset, splits and text encoder, but see --texts nearest"
+                "sets of one table share dataset and splits"
             )
 
 

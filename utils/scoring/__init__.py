@@ -7,6 +7,7 @@ from utils.scoring.coresets import (
     highest,
     kcenter,
     kmeans,
+    prototypes,
     random_rows,
 )
 from utils.scoring.evaluation import (
@@ -38,5 +39,6 @@ from utils.scoring.tables import (
     recall_table,
     row_of_set,
 )
+from utils.scoring.text_map import TextMap, choose_map
 from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs
 from utils.scoring.tuning import Rates, choose_rates

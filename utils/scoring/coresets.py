@@ -1,4 +1,4 @@
-"""Choosing real pairs: random, herding, k-center, k-means and forgetting, each picture at most once.
+"""Choosing real pairs: random, herding, k-center, k-means, prototypes and forgetting, each picture at most once.
 
 Rows are pairs, one per caption; `groups` names each row's picture, int64 [N]. Once a row is chosen, the other
 rows of its picture are out. Every function returns the chosen rows in the order of choice and a score for each.
@@ -87,16 +87,50 @@ def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
 
 
 def kmeans(features: Tensor, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100) -> Choice:
-    """The rows nearest to the `num` centres of k-means (Lloyd, from the seeds of `spread_seeds`).
+    """The rows nearest to the `num` centres of `clusters`.
+
+    Centres choose in the order of their seeds, each the nearest row whose picture is not yet taken.
+
+    Returns:
+        (rows, scores): a row's score is its distance to its centre.
+    """
+    return _nearest_rows(features, groups, clusters(features, groups, num, generator, most_rounds)[0])
+
+
+def prototypes(
+    features: Tensor, groups: Tensor, num: int, generator: torch.Generator, text_embed: Tensor
+) -> tuple[Choice, Tensor]:
+    """The rows that `kmeans` chooses, and for each the mean text of its cluster (after PDS, Choi et al., ICLR 2026).
+
+    Args:
+        text_embed: [N, D_text], of each row's caption.
+
+    Returns:
+        (rows, scores) as of `kmeans`, and means [num, D_text], float32: of the text_embed of all rows of the row's
+        cluster, each weighing the same; of a cluster that is empty, the row's own.
+    """
+    centres, cluster = clusters(features, groups, num, generator)
+    rows, scores = _nearest_rows(features, groups, centres)
+    counts = torch.bincount(cluster, minlength=num)[:, None]
+    sums = torch.zeros(num, text_embed.shape[1], dtype=torch.double).index_add_(0, cluster, text_embed.double())
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), text_embed[rows].double())
+    return (rows, scores), means.float()
+
+
+def clusters(
+    features: Tensor, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100
+) -> tuple[Tensor, Tensor]:
+    """`num` clusters of k-means (Lloyd, from the seeds of `spread_seeds`).
 
     The rounds end when no row changes its centre, or after `most_rounds`. A centre that no row is nearest to stays
-    where it is. Centres choose in the order of their seeds, each the nearest row whose picture is not yet taken.
+    where it is.
 
     Args:
         features: [N, D]; read once per round, no memory beyond O(N + (block + num) D).
 
     Returns:
-        (rows, scores): a row's score is its distance to its centre.
+        centres [num, D], in the order of their seeds, and each row's cluster, int64 [N]: a centre is the mean of its
+        cluster's rows.
     """
     check_num_queries(num, len(groups.unique()))
     norms = _squared_norms(features)  # [N]
@@ -109,6 +143,12 @@ def kmeans(features: Tensor, groups: Tensor, num: int, generator: torch.Generato
         counts = torch.bincount(nearest, minlength=num)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, nearest, features)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres, nearest
+
+
+def _nearest_rows(features: Tensor, groups: Tensor, centres: Tensor) -> Choice:
+    """For each centre [K, D] the nearest row whose picture is not yet taken, and its distance."""
+    norms = _squared_norms(features)  # [N]
     out = torch.zeros_like(norms)  # inf at rows whose picture is taken
     rows, scores = [], []
     for centre in centres:

@@ -1,8 +1,8 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, `rates`, `loss_type` and `texts`, how its texts were made ("learned", "nearest"),
-and `looks` if the best of some looks at the test split is among its numbers; that of all data has `experts` and their
+network. A set's row also has `pairs`, `rates`, `loss_type` and `texts`, how its texts were made (a key of `TEXTS`), and
+`looks` if the best of some looks at the test split is among its numbers; that of all data has `experts` and their
 `epochs`.
 """
 
@@ -16,6 +16,13 @@ from utils.sets import SynSet
 
 ALL_DATA = "all data"
 COLUMNS = ("set", "pairs", "image encoder", "rates", "trains")
+# What a set's texts are, see `utils.setup.texts`, and what the table says of them.
+TEXTS = {
+    "learned": None,
+    "nearest": "nearest captions",
+    "carried": "texts carried",
+    "captions": "captions embedded anew",
+}
 
 
 def mean_and_std(results: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
@@ -74,9 +81,7 @@ def markdown_table(rows: list[dict]) -> str:
     return recall_table(table, COLUMNS, best_look_name(rows))
 
 
-def row_of_set(
-    path: str, synset: SynSet, image_encoder: str, trains: str, texts: str, results: list[dict], looks: int = 0
-) -> dict:
+def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results: list[dict], looks: int = 0) -> dict:
     """The row of a set on one image encoder; see above for its parts."""
     row = {
         "set": path,
@@ -86,7 +91,7 @@ def row_of_set(
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
         "loss_type": synset.loss_type,
-        "texts": texts,
+        "texts": synset.texts,
         "results": results,
     }
     return {**row, "looks": looks} if looks else row
@@ -127,8 +132,8 @@ def _names(rows: list[dict]) -> dict[str, str]:
 
 
 def _made(row: dict) -> str:
-    loss = [] if row["loss_type"] == "InfoNCE" else [row["loss_type"]]
-    return ", ".join([row["method"], *loss, *([] if row["texts"] == "learned" else [f"{row['texts']} captions"])])
+    loss = None if row["loss_type"] == "InfoNCE" else row["loss_type"]
+    return ", ".join(filter(None, [row["method"], loss, TEXTS[row["texts"]]]))
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,4 +7,4 @@ from utils.sets.phases import phase_rows
 from utils.sets.pictures import before_and_after, fit_images, picture_grid
 from utils.sets.released import is_released
 from utils.sets.similarity import SIM_TYPES, initial_similarity, similarity_matrix
-from utils.sets.synset import SynSet, as_synset, load_synset, save_synset
+from utils.sets.synset import MADE_TEXTS, REAL_PAIRS, SynSet, as_synset, load_synset, save_synset

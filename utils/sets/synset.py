@@ -18,6 +18,9 @@ from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, s
 KIND = "set of pairs"
 TENSORS = ("text_syn", "syn_lr_img", "syn_lr_txt")
 PIXELS, MIXTURE = ("image_syn",), ("pix_weights", "pix_words", "pix_sizes")  # one of the two
+# Methods of coreset.py: a pair's text is the embedding of its caption, or something made from several embeddings.
+REAL_PAIRS = ("random", "herding", "kcenter", "kmeans", "forgetting")
+MADE_TEXTS = ("prototypes",)
 
 
 @dataclass
@@ -29,7 +32,7 @@ class SynSet:
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
         syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with; of a set that was learned through
             several image encoders the geometric means of theirs, see `for_encoder`.
-        captions: the nearest real caption of each row of text_syn; of a coreset, the pair's own.
+        captions: the nearest real caption of each row of text_syn; of real pairs, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
@@ -38,6 +41,7 @@ class SynSet:
         phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
         mixture: what to train on in the place of image_syn, over a frozen image encoder; None for image_syn itself.
         rates: of a set that was learned through several image encoders, [syn_lr_img, syn_lr_txt] by their names.
+        texts: where text_syn comes from; "learned" is from the file, for others see `utils.setup.texts`. Not saved.
     """
 
     image_syn: torch.Tensor
@@ -56,11 +60,20 @@ class SynSet:
     phases: int = 1
     mixture: Mixture | None = None
     rates: dict[str, list[float]] = field(default_factory=dict)
+    texts: str = "learned"
 
     def for_encoder(self, name: str) -> "SynSet":
         """The set with the rates that it learned for the image encoder `name`; as it is for any other one."""
         lr_img, lr_txt = self.rates.get(name, (self.syn_lr_img, self.syn_lr_txt))
         return replace(self, syn_lr_img=lr_img, syn_lr_txt=lr_txt)
+
+    @property
+    def texts_are_captions(self) -> bool:
+        """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
+        method = self.settings.get("method")
+        if method in ("initial", "distilled images"):  # the texts are those that distillation started from
+            return self.settings.get("txt_init") != "noise" and not self.settings.get("init_set")
+        return method in REAL_PAIRS
 
     @property
     def targets(self) -> torch.Tensor | None:

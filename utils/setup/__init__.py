@@ -27,3 +27,4 @@ from utils.setup.networks import (
     make_factory,
 )
 from utils.setup.student import Student, make_learner, pairs_of_encoder
+from utils.setup.texts import with_texts

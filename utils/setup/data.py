@@ -72,9 +72,7 @@ def open_data(args, scored: Sequence[str] = (), num_queries: int = 0) -> Data:
 
 def find_split(args, split: str) -> tuple[list[Record], list[Path]]:
     """The records of a split and their picture files, without opening a picture (but see --skip_broken)."""
-    if args.dataset == "demo":
-        make_demo(Path(args.ann_root))
-    records = read_split(args.dataset, split, args.ann_root, args.split_seed)
+    records = read_records(args, split)
     paths = find_images(records, args.image_root)
     if args.skip_broken:
         records, paths, dropped = drop_unreadable(records, paths)
@@ -83,6 +81,13 @@ def find_split(args, split: str) -> tuple[list[Record], list[Path]]:
         if not records:
             raise InputError(f"no readable picture in {split}; check --image_root")
     return records, paths
+
+
+def read_records(args, split: str) -> list[Record]:
+    """The records of a split, whether their pictures are there or not."""
+    if args.dataset == "demo":
+        make_demo(Path(args.ann_root))
+    return read_split(args.dataset, split, args.ann_root, args.split_seed)
 
 
 def warn_of_shared_pictures(train: tuple, *others: tuple) -> None:
