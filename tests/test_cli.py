@@ -257,6 +257,15 @@ SETTINGS = {
         **EXPERTS_OF_HEADS,
         "distill": {**LORS, **HEADS, **FIT, "segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9},
     },
+    "portable": {
+        **{"buffer": HEADS, "coreset": HEADS},
+        "distill": {
+            **{**HEADS, **FIT, "pix_param": "mixture", "pix_words": 1000, "pix_init": "kmeans", "segments": 2},
+            **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.05, "student_momentum": 0.9},
+            **{"mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07, "ema_decay": 0.9},
+            **{"Iteration": 100, "epoch_eval_train": 100, "batch_train": 128},
+        },
+    },
     "repblend": {**EXPERTS_OF_HEADS, "distill": {**LORS, **HEADS, "blend_alpha": 1.0}},
     "ptmst": {
         **EXPERTS_OF_HEADS,
@@ -288,7 +297,7 @@ def test_a_recipe_sets_what_it_names_and_nothing_else(name, recipe):
     args, usual = (vars(script.parse_args([*argv, *more])) for more in (["--recipe", recipe], []))
     expected = SETTINGS[recipe].get(name, {})
     assert {key: args[key] for key in expected} == expected
-    outer = {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe == "adam" else set()  # those of the optimizer
+    outer = {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe in ("adam", "portable") else set()  # those of the optimizer
     changed = {key for key in args if args[key] != usual[key]} - {"recipe"} - outer
     assert changed <= expected.keys()
 

@@ -46,6 +46,17 @@ RECIPES = {
         HEADS,
         **{"segments": 4, "lr_img": 300.0, "lr_txt": 300.0, "ema_decay": 0.9, **FITTED},
     ),
+    "portable": {
+        "help": "texts and mixtures of 1,000 real pictures, for encoders that take no part too",
+        "buffer.py": HEADS,
+        "coreset.py": HEADS,
+        "distill.py": {
+            **{**HEADS, **FITTED, "pix_param": "mixture", "pix_words": 1000, "pix_init": "kmeans", "segments": 2},
+            **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.05, "student_momentum": 0.9},
+            **{"mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07, "ema_decay": 0.9},
+            **{"Iteration": 100, "epoch_eval_train": 100, "batch_train": 128},
+        },
+    },
     "demo": {
         "help": "short runs, the default of --dataset demo",
         # A flipped picture would make "left of" wrong.
