@@ -32,7 +32,7 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
         type=plain_name,
         default="nfnet",
         metavar="NAME",
-        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model, timm/NAME too",
+        help="nfnet, nf_resnet50, nf_regnet, vit, clip, any timm model, timm/NAME too, or torchvision:NAME",
     )
     encoders.add_bool("image_pretrained", True, "start the image encoder from published weights")
     encoders.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
@@ -43,7 +43,8 @@ def add_network_flags(parser: Parser, several: bool = False) -> None:
         metavar="FILE",
         help=f"file with the image encoder's weights (safetensors or torch){each}",
     )
-    add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help="arguments of timm.create_model")
+    its_arguments = "arguments of timm.create_model, or of torchvision's function of that name"
+    add("--image_kwargs", nargs="+", type=key_value, metavar="KEY=VALUE", help=its_arguments)
     add(
         "--text_encoder",
         default="bert",
