@@ -1,5 +1,6 @@
-"""Image encoders: timm models by name, without their classifier."""
+"""Image encoders: models of timm and torchvision by name, without their classifier."""
 
+import contextlib
 import difflib
 
 import timm
@@ -7,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.errors import InputError
+from networks import torchvision_models
 from networks.derivatives.activations import replace_activations
+from networks.torchvision_models import PREFIX
 
 # The names of the paper and of the released scripts, and the timm models they stand for.
 SHORT_NAMES = {
@@ -28,7 +32,7 @@ KEY_PREFIXES = ("module.", "model.", "backbone.", "visual.")
 
 
 class ImageEncoder(nn.Module):
-    """A timm model that maps normalised pixels to pooled features.
+    """A model of timm or torchvision that maps normalised pixels to pooled features.
 
     Batch normalisation always uses its stored statistics: running statistics move outside the
     trajectory of parameters, so a student could not follow an expert that updates them.
@@ -50,6 +54,7 @@ class ImageEncoder(nn.Module):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
+        self.has_torch_attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
         replace_activations(model)
 
     def train(self, mode: bool = True):
@@ -60,7 +65,9 @@ class ImageEncoder(nn.Module):
         return self
 
     def forward(self, images):  # [B, 3, H, W]
-        return self.model(images)  # [B, D]
+        unfused = sdpa_kernel(SDPBackend.MATH) if self.has_torch_attention else contextlib.nullcontext()
+        with unfused:
+            return self.model(images)  # [B, D]
 
 
 def build_image_encoder(
@@ -70,41 +77,49 @@ def build_image_encoder(
     checkpoint: str | None = None,
     kwargs: dict | None = None,
 ) -> ImageEncoder:
-    """Builds the encoder `name`: a short name of the paper or any timm model.
+    """Builds the encoder `name`: a short name of the paper, any timm model or torchvision:NAME.
 
     Args:
         image_size: side of the square input in pixels; models with a fixed input size are built for it.
-        pretrained: load timm's published weights (downloaded on first use). Ignored with `checkpoint`.
+        pretrained: load the published weights (downloaded on first use). Ignored with `checkpoint`.
         checkpoint: safetensors or weights-only torch file with the state dict of the headless model.
-        kwargs: further arguments of `timm.create_model`.
+        kwargs: further arguments of `timm.create_model` or of torchvision's function.
 
     Raises:
         InputError: unknown name, arguments or sizes the model refuses, weights that cannot be had.
     """
-    timm_name = plain_name(name)
-    timm_name = SHORT_NAMES.get(timm_name, timm_name)
-    if not timm.is_model(timm_name.split(".")[0]):
-        raise InputError(f"unknown image encoder '{name}'{_nearest(timm_name)}")
-    kwargs = dict(kwargs or {})
-    if getattr(timm.get_pretrained_cfg(timm_name), "fixed_input_size", False):
-        kwargs.setdefault("img_size", image_size)
+    plain = plain_name(name)
+    plain = SHORT_NAMES.get(plain, plain)
+    of_torchvision = plain.startswith(PREFIX)
+    if of_torchvision:
+        known = plain.removeprefix(PREFIX) in torchvision_models.list_names()
+    else:
+        known = timm.is_model(plain.split(".")[0])
+    if not known:
+        raise InputError(f"unknown image encoder '{name}'{_nearest(plain)}")
+    create = torchvision_models.create_model if of_torchvision else _create_timm_model
     download = pretrained and checkpoint is None
     try:
-        model = timm.create_model(timm_name, pretrained=download, num_classes=0, **kwargs)
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+        model = create(plain, image_size, download, dict(kwargs or {}))
     except (OSError, RuntimeError, TypeError, AssertionError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
-        advice = (
-            "check the name's weights and the network, or give --image_checkpoint"
-            if download
-            else ("check --image_size and --image_kwargs")
-        )
+        advice = "check --image_size and --image_kwargs"
+        if download and not (of_torchvision and isinstance(error, TypeError | AssertionError | ValueError)):
+            advice = "check the name's weights and the network, or give --image_checkpoint"
         raise InputError(f"cannot build image encoder '{name}' for {image_size} px ({reason}); {advice}") from error
     _check_size(model, name, image_size)
     if checkpoint is not None:
         _load_checkpoint(model, name, checkpoint)
     return ImageEncoder(model)
+
+
+def _create_timm_model(name: str, image_size: int, download: bool, kwargs: dict) -> nn.Module:
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        kwargs.setdefault("img_size", image_size)
+    model = timm.create_model(name, pretrained=download, num_classes=0, **kwargs)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return model
 
 
 def plain_name(name: str) -> str:
@@ -155,6 +170,8 @@ def _without_prefixes(key: str, wanted) -> str:
 
 
 def _nearest(name: str) -> str:
-    names = [*SHORT_NAMES, *timm.list_models()]
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(found)}?" if found else "; see timm.list_models()"
+    prefix, names, whole = "", [*SHORT_NAMES, *timm.list_models()], "timm.list_models()"
+    if name.startswith(PREFIX):
+        prefix, names, whole = PREFIX, torchvision_models.list_names(), "torchvision.models.list_models()"
+    found = difflib.get_close_matches(name.removeprefix(prefix), names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(prefix + near for near in found)}?" if found else f"; see {whole}"

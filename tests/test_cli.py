@@ -297,7 +297,9 @@ def test_a_recipe_sets_what_it_names_and_nothing_else(name, recipe):
     args, usual = (vars(script.parse_args([*argv, *more])) for more in (["--recipe", recipe], []))
     expected = SETTINGS[recipe].get(name, {})
     assert {key: args[key] for key in expected} == expected
-    outer = {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe in ("adam", "portable") else set()  # those of the optimizer
+    outer = (
+        {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe in ("adam", "portable") else set()
+    )  # those of the optimizer
     changed = {key for key in args if args[key] != usual[key]} - {"recipe"} - outer
     assert changed <= expected.keys()
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torchvision.models import squeezenet1_1
 
 import buffer
 import distill
@@ -194,6 +195,21 @@ def test_an_image_projection_over_an_encoder_that_trains(run_buffer, run_distill
     assert towers == {"image_encoder", "image_projection", "text_projection"}
     flags = "--only_has_image_projection", "--student_momentum", 0.9, "--optimizer", "adam"
     assert run_distill(tmp_path / "r", *flags, "--buffer_path", tmp_path / "b", "--Iteration", 1) == 0
+    assert evaluate.main(["--synset", str(tmp_path / "r/last.safetensors"), "--num_eval", "1"]) == 0
+
+
+def test_heads_over_a_model_of_torchvision(run_buffer, run_distill, tmp_path):
+    weights = tmp_path / "squeezenet.pth"
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1().state_dict(), weights)
+    flags = [*HEADS, "--image_encoder", "torchvision:squeezenet1_1", "--image_checkpoint", weights]
+    assert run_buffer(tmp_path / "b", *flags, "--num_experts", 1) == 0
+    (path,) = tmp_path.glob("b/tiny/torchvision--squeezenet1_1_heads/demo/expert_*.safetensors")
+    assert Trajectory(path).shapes()["image_projection.projection.weight"] == (512, 512)
+    assert run_distill(tmp_path / "r", *flags, "--buffer_path", tmp_path / "b", "--Iteration", 1) == 0
+    first, last = (load_synset(tmp_path / f"r/{name}.safetensors") for name in ("iteration_000000", "last"))
+    assert last.settings["image_encoder"] == "torchvision:squeezenet1_1"
+    assert not torch.equal(first.image_syn, last.image_syn)
     assert evaluate.main(["--synset", str(tmp_path / "r/last.safetensors"), "--num_eval", "1"]) == 0
 
 

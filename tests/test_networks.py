@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
+from torchvision import models
 
 from data.errors import InputError
 from networks import image_encoder, text_encoder
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
-from networks.derivatives.activations import SiLU
+from networks.derivatives.activations import Hardsigmoid, SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
 from networks.loss import PairLoss
 from networks.text_encoder import TextEncoder
@@ -61,8 +63,9 @@ def test_size_that_the_model_refuses():
     assert "30" in line and "--image_size" in line
 
 
-def test_batch_norm_statistics_never_move():
-    encoder = build_image_encoder("test_resnet", 32, pretrained=False).train()
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
+def test_batch_norm_statistics_never_move(name):
+    encoder = build_image_encoder(name, 32, pretrained=False).train()
     assert encoder.training
     before = {name: value.clone() for name, value in encoder.named_buffers()}
     images = 5 + torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -152,6 +155,143 @@ def test_checkpoint_spares_the_download(monkeypatch, tmp_path):
     build_image_encoder("test_nfnet", 32, checkpoint=str(path))
     build_image_encoder("test_nfnet", 32)
     assert asked == [False, True]
+
+
+# ---- image encoders of torchvision
+
+
+def resnet_features(model, images):
+    model.fc = torch.nn.Identity()
+    return model(images)
+
+
+def squeezenet_features(model, images):
+    return model.features(images).mean((2, 3))
+
+
+def mobilenet_features(model, images):
+    return model.classifier[:2](model.avgpool(model.features(images)).flatten(1))
+
+
+def googlenet_features(model, images):
+    """The published weights were trained with the pictures normalised otherwise, by the model itself."""
+    model.transform_input = True
+    return resnet_features(model, images)
+
+
+OF_TORCHVISION = {
+    "resnet18": (resnet_features, "fc.weight, fc.bias"),
+    "squeezenet1_1": (squeezenet_features, "classifier.1.weight, classifier.1.bias"),
+    "mobilenet_v3_small": (mobilenet_features, "classifier.3.weight, classifier.3.bias"),
+    "googlenet": (googlenet_features, "aux1.conv.conv.weight"),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_features_of_torchvisions_model_from_its_own_checkpoint(name, tmp_path, capsys):
+    """Which has a classifier in it."""
+    features, dropped = OF_TORCHVISION[name]
+    model = models.get_model(name, **({"init_weights": False} if name == "googlenet" else {})).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    encoder = build_image_encoder(f"torchvision:{name}", 64, checkpoint=str(tmp_path / "weights.pth"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "left out its classifier" in line and dropped in line
+    with torch.no_grad():
+        found, expected = encoder.eval()(images), features(model, images)
+    assert found.shape == (2, encoder.width)
+    torch.testing.assert_close(found, expected)
+    assert encoder.train()(images).shape == (2, encoder.width)
+
+
+def test_checkpoint_of_torchvisions_model_without_classifier(tmp_path, capsys):
+    state = build_image_encoder("torchvision:squeezenet1_1", 32, pretrained=False).model.state_dict()
+    assert {name.partition(".")[0] for name in state} == {"features"}
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    encoder = build_image_encoder("torchvision:squeezenet1_1", 32, checkpoint=str(path))
+    loaded = encoder.model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert capsys.readouterr().out == ""
+    save_file({**state, "neck.weight": torch.zeros(2)}, path)
+    assert "neck.weight" in error_line(build_image_encoder, "torchvision:squeezenet1_1", 32, checkpoint=str(path))
+
+
+OF_FAMILIES = {
+    **{"alexnet": 4096, "convnext_tiny": 768, "densenet121": 1024, "efficientnet_v2_l": 1280, "inception_v3": 2048},
+    **{"maxvit_t": 512, "mnasnet0_5": 1280, "mobilenet_v2": 1280, "shufflenet_v2_x0_5": 1024, "swin_t": 768},
+    **{"swin_v2_t": 768, "vgg11_bn": 4096, "vit_b_32": 768},
+}
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # inception_v3 draws its weights in another way some day
+def test_every_family_of_torchvision_gives_its_classifiers_input(name):
+    with torch.device("meta"):  # no values, only shapes
+        encoder = build_image_encoder(f"torchvision:{name}", 224, pretrained=False)
+        assert encoder(torch.zeros(2, 3, 224, 224)).shape == (2, encoder.width) == (2, OF_FAMILIES[name])
+    rule = models.get_model_weights(name).DEFAULT.transforms()
+    assert (list(encoder.mean), list(encoder.std)) == (rule.mean, rule.std)
+
+
+def test_models_of_one_size_are_built_for_it():
+    with torch.device("meta"):
+        encoder = build_image_encoder("torchvision:vit_b_32", 64, pretrained=False)
+    assert encoder.model.image_size == 64
+    assert "patch size" in error_line(build_image_encoder, "torchvision:vit_b_32", 63, False)
+
+
+def test_kwargs_reach_torchvision():
+    encoder = build_image_encoder("torchvision:resnet18", 32, pretrained=False, kwargs={"zero_init_residual": True})
+    assert encoder.model.layer1[0].bn2.weight.abs().sum() == 0
+    line = error_line(build_image_encoder, "torchvision:resnet18", 32, True, kwargs={"zero_init_rest": True})
+    assert "zero_init_rest" in line and "--image_kwargs" in line
+
+
+def test_unknown_model_of_torchvision_offers_near_names():
+    line = error_line(build_image_encoder, "torchvision:squeezenet_1_1", 32)
+    assert "unknown image encoder 'torchvision:squeezenet_1_1'; did you mean torchvision:squeezenet1_1" in line
+    assert "torchvision.models.list_models" in error_line(build_image_encoder, "torchvision:?!", 32)
+    assert "unknown" in error_line(build_image_encoder, "torchvision:fcn_resnet50", 32)  # it segments pictures
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+def test_pictures_too_small_for_torchvisions_model(name):
+    line = error_line(build_image_encoder, f"torchvision:{name}", 16, False)
+    assert "--image_size 16 does not suit" in line and f"torchvision:{name}" in line and "larger" in line
+    build_image_encoder(f"torchvision:{name}", 17, False)
+
+
+def test_weights_of_torchvision_that_cannot_be_had(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    line = error_line(build_image_encoder, "torchvision:resnet18", 32)
+    assert "no network" in line and "--image_checkpoint" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU()), "no linear layer"),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()), "3 pooled features"),
+    ],
+)
+def test_a_model_that_does_not_end_in_a_classifier(model, words, monkeypatch):
+    monkeypatch.setattr(models, "get_model", lambda *args, **kwargs: model)
+    line = error_line(build_image_encoder, "torchvision:resnet18", 32, False)
+    assert "torchvision:resnet18" in line and words in line
+
+
+def test_torchs_own_attention_is_differentiable_twice():
+    """As torchvision's vision transformers have it, in one kernel that is not."""
+    model = models.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
+    model.heads, model.num_features = torch.nn.Identity(), 8
+    encoder = ImageEncoder(model).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(encoder, images.requires_grad_(), fast_mode=True)
 
 
 # ---- projection head and model
@@ -489,3 +629,11 @@ def test_activations_are_replaced_and_features_are_timms():
     assert list(model.state_dict()) == names
     assert not any(isinstance(module, torch.nn.SiLU) for module in encoder.modules())
     assert any(isinstance(module, SiLU) for module in encoder.modules())
+
+
+def test_hard_sigmoid_and_its_two_derivatives():
+    x = (4 * torch.randn(200, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    value, torchs = Hardsigmoid()(x), torch.nn.functional.hardsigmoid(x)
+    (grad,) = torch.autograd.grad(value.pow(2).sum(), x, create_graph=True)
+    assert torch.equal(value, torchs) and torch.equal(grad, torch.autograd.grad(torchs.pow(2).sum(), x)[0])
+    assert torch.autograd.gradgradcheck(Hardsigmoid(), x.detach().double().requires_grad_())

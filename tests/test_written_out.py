@@ -9,7 +9,8 @@ from networks.derivatives.convolutions import Convolution
 from networks.derivatives.standardisation import Standardised
 from networks.derivatives.written_out import WrittenOut
 from networks.image_encoder import build_image_encoder
-from tests.unroll import relative_error
+from tests.unroll import Problem, check_matching, relative_error, unroll_gradient
+from utils.student import matching_gradient
 
 KINDS = {
     "plain": nn.Conv2d(4, 6, 3, padding=1),
@@ -79,6 +80,13 @@ def test_every_convolution_of_an_encoder_is_met(name, monkeypatch):
             encoder(images)
     assert len(met) == sum(isinstance(module, nn.Conv2d) for module in encoder.modules())
     assert relative_error(value, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
+def test_two_steps_of_torchvisions_models_have_the_gradient_of_the_full_unroll(name):
+    """With activations in place, batch normalisation, dropout, hard sigmoids."""
+    arguments = Problem(f"torchvision:{name}").arguments(2)
+    check_matching(matching_gradient(*arguments), *unroll_gradient(*arguments))
 
 
 def test_autocast_computes_in_half_precision():

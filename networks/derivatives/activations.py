@@ -1,8 +1,8 @@
-"""Activations that keep little for a gradient of a gradient.
+"""Activations that keep little for a gradient of a gradient, or have one at all.
 
 torch's SiLU writes its differentiable backward out in elementary operations and keeps all their results, six tensors
 of the activation's size; here the backward is one operation with a derivative in closed form, and two are kept.
-(torch's GELU and ReLU are like that already.)
+(torch's GELU and ReLU are like that already.) torch's hard sigmoid can be differentiated only once.
 """
 
 import torch
@@ -46,9 +46,33 @@ class SiLU(nn.Module):
         return _SiLU.apply(x)
 
 
+class _Hardsigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.hardsigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        slope = ((x > -3) & (x < 3)).to(grad.dtype) / 6
+        return grad * slope
+
+
+class Hardsigmoid(nn.Module):
+    """x / 6 + 1 / 2 between 0 and 1, differentiable twice."""
+
+    def forward(self, x):
+        return _Hardsigmoid.apply(x)
+
+
+REPLACED = {nn.SiLU: SiLU, nn.Hardsigmoid: Hardsigmoid}
+
+
 def replace_activations(model: nn.Module) -> None:
-    """Puts `SiLU` in the place of torch's. Names stay."""
+    """Puts `SiLU` and `Hardsigmoid` in the places of torch's. Names stay."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.SiLU):
-                setattr(module, name, SiLU())
+            for old, new in REPLACED.items():
+                if isinstance(child, old):
+                    setattr(module, name, new())

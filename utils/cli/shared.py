@@ -41,7 +41,7 @@ def add_network_flags(parser: Parser, several: type = _OneOrMore) -> None:
         type=plain_name,
         default="nfnet",
         metavar="NAME",
-        help="nfnet, nf_resnet50, nf_regnet, vit, clip or any timm model, timm/NAME too",
+        help="nfnet, nf_resnet50, nf_regnet, vit, clip, any timm model, timm/NAME too, or torchvision:NAME",
     )
     encoders.add_bool("image_pretrained", True, "start the image encoder from published weights")
     encoders.add_bool("image_trainable", True, "train the image encoder, not the projections alone")
@@ -58,7 +58,7 @@ def add_network_flags(parser: Parser, several: type = _OneOrMore) -> None:
         nargs="+",
         type=key_value,
         metavar="KEY=VALUE",
-        help="arguments of timm.create_model; NAME:KEY=VALUE for one of several encoders",
+        help="arguments of timm.create_model, or of torchvision's function; NAME:KEY=VALUE for one of several encoders",
     )
     add(
         "--text_encoder",

@@ -21,11 +21,13 @@ LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_train")  # None where al
 def buffer_folder(buffer_path: str | Path, settings: dict) -> Path:
     """Where experts are written: buffer_path / dataset / image encoder / text encoder.
 
+    In names / becomes --, and so does the : of torchvision:NAME, which Windows has no files with.
     The image encoder's name ends in _loraR for adapters, in _projected with an image projection, in _heads if that
     is all that trains of the image tower.
     """
     keys = "dataset", "image_encoder", "text_encoder"
     dataset, image, text = (str(settings[key]).strip("/").replace("/", "--") for key in keys)
+    image = image.replace(":", "--")
     if settings.get("lora_rank"):
         image += f"_lora{settings['lora_rank']}"
     if settings.get("only_has_image_projection"):
