@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 import buffer
 import distill
 import evaluate
-from benchmarks.expert_bytes import matching_change
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
+from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path, save_trajectory
 from utils.files import BackgroundSaver
+from utils.sets import Pairs
+from utils.student import StudentLoss, matching_gradient
 
 QUICK = ["--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [
@@ -64,15 +66,6 @@ def match(tiny_argv):
 
 def expert_of(root, number=0):
     return expert_path(root / "tiny" / "test_nfnet" / "demo", number)
-
-
-def error_line(capsys, run, *argv):
-    """The only line that a run with exit code 2 leaves on stderr."""
-    capsys.readouterr()
-    assert run(*argv) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 # ---- which snapshots
@@ -131,12 +124,21 @@ def model():
 def test_matching_loss_changes_by_less_than_1e_4(kept, whole, model):
     generator = torch.Generator().manual_seed(0)
     images, text_embed = torch.randn(6, 3, 32, 32, generator=generator), torch.randn(6, 128, generator=generator)
-    exact, stored = Trajectory(expert_of(whole)).snapshot, Trajectory(expert_of(kept)).snapshot
-    for lr in (1e-4, 1e-3):
-        loss, change = matching_change(model, exact, stored, (0, 1), images, text_embed, 4, lr)
-        assert loss > 2 and change < 1e-4  # 2 is a student that stays put
-    loss, change = matching_change(model, exact, stored, (0, 1), images, text_embed, 4, 1e-2)
-    assert loss > 20 and change < 1e-4 * loss  # a student that went far astray: in proportion
+    experts = [Trajectory(expert_of(folder)).snapshot for folder in (whole, kept)]
+    batches = [torch.arange(6)] * 4
+
+    def losses(epoch, lr):
+        pairs = Pairs(images, text_embed, torch.tensor(lr), torch.tensor(lr))
+        for snapshot in experts:
+            start, target = snapshot(epoch), snapshot(epoch + 1)
+            yield matching_gradient(StudentLoss(model, 0.07), start, target, pairs, batches, 0).loss.item()
+
+    for epoch in (0, 1):
+        for lr in (1e-4, 1e-3):
+            exact, stored = losses(epoch, lr)
+            assert exact > 2 and abs(stored - exact) < 1e-4  # 2 is a student that stays put
+        exact, stored = losses(epoch, 1e-2)
+        assert exact > 20 and abs(stored - exact) < 1e-4 * exact  # a student that went far astray: in proportion
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-44, 1e-30, 1.0, 1e30])
@@ -248,7 +250,5 @@ def test_an_expert_that_is_not_finite_is_named(experts, run_distill, tmp_path, c
             tensors[key] = torch.full(tensor.shape, value)
     broken.unlink()
     save_file(tensors, broken, metadata)
-    capsys.readouterr()
-    assert run_distill(tmp_path / "r", "--Iteration", 2, "--buffer_path", tmp_path / "b") == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    line = error_line(capsys, run_distill, tmp_path / "r", "--Iteration", 2, "--buffer_path", tmp_path / "b")
     assert line.startswith("error: expert ") and broken.name in line and "not finite" in line

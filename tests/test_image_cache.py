@@ -18,6 +18,7 @@ from data.augment import Augment, cached_side
 from data.errors import InputError
 from data.image_cache import cache_images
 from data.pairs import load_images
+from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path
 
 
@@ -196,6 +197,5 @@ def test_augmentation_on_the_device(tiny_argv, tmp_path, monkeypatch):
 
 def test_experts_with_and_without_the_cache_do_not_mix(tiny_argv, tmp_path, capsys):
     assert train(tiny_argv, tmp_path / "b", "--cache_dir", tmp_path / "c") == 0
-    capsys.readouterr()
-    assert train(tiny_argv, tmp_path / "b", "--num_experts", 2, "--cache_images=false") == 2
-    assert "cache_images=True" in capsys.readouterr().err
+    more = "--num_experts", 2, "--cache_images=false"
+    assert "cache_images=True" in error_line(capsys, train, tiny_argv, tmp_path / "b", *more)

@@ -20,6 +20,7 @@ from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
+from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, find_trajectories
 from utils.sets import Pairs
 from utils.student import StudentLoss, matching_gradient
@@ -275,9 +276,7 @@ def test_mismatches_are_one_line(tiny, tmp_path, capsys):
     folder, flags = tiny
 
     def error(script, *more):
-        assert run(script, flags, *more) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        return lines[-1]
+        return error_line(capsys, run, script, flags, *more)
 
     go = (*DISTILL, "--save_dir", str(tmp_path / "run"))
     assert "was trained with lora_rank=2, this run has lora_rank=3" in error(distill, *go, "--lora_rank", "3")
@@ -300,8 +299,8 @@ def test_buffers_of_several_kinds(tiny, tmp_path, capsys):
     short = (*EXPERTS, "--num_experts", "1", "--train_epochs", "1")
     go = (*DISTILL, "--max_start_epoch", "1", "--save_dir")
     assert run(buffer, flags, *short) == 0
-    assert run(distill, flags, *go, str(tmp_path / "run"), "--lora_rank", "2") == 2
-    assert "trained whole, this run trains adapters of rank 2" in capsys.readouterr().err
+    line = error_line(capsys, run, distill, flags, *go, str(tmp_path / "run"), "--lora_rank", "2")
+    assert "trained whole, this run trains adapters of rank 2" in line
     assert run(buffer, flags, *short, "--lora_rank", "1") == 0
     assert run(buffer, flags, *short, "--lora_rank", "2", "--lora_layers", "all") == 0
     for rank, trains in ((None, "whole image encoder"), (2, "adapters of rank 2 on all")):
@@ -310,8 +309,8 @@ def test_buffers_of_several_kinds(tiny, tmp_path, capsys):
         assert f"training {trains}:" in capsys.readouterr().out
     whole = tmp_path / "buffers/tiny/test_vit"
     whole.rename(tmp_path / "moved")
-    assert run(distill, flags, *go, str(tmp_path / "run")) == 2
-    assert "several ranks (test_vit_lora1, test_vit_lora2); give --lora_rank" in capsys.readouterr().err
+    line = error_line(capsys, run, distill, flags, *go, str(tmp_path / "run"))
+    assert "several ranks (test_vit_lora1, test_vit_lora2); give --lora_rank" in line
     direct = [*flags, "--buffer_path", str(tmp_path / "buffers/tiny/test_vit_lora1/demo")]
     assert run(distill, direct, *go, str(tmp_path / "run1")) == 0
     assert "training adapters of rank 1 on attn:" in capsys.readouterr().out
@@ -334,10 +333,7 @@ def test_adapters_need_their_settings(tiny):
     ],
 )
 def test_flag_errors(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        buffer.parse_args(flags)
-    error = capsys.readouterr().err
-    assert message in error and len(error.strip().splitlines()) == 1
+    assert message in error_line(capsys, buffer.parse_args, flags)
 
 
 def test_alpha_defaults_to_the_rank():

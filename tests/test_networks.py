@@ -12,21 +12,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from data.errors import InputError
 from networks import image_encoder, text_encoder
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
 from networks.derivatives.activations import SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
 from networks.loss import contrastive_loss
 from networks.text_encoder import TextEncoder
-
-
-def error_line(call, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.programs import input_error
 
 # ---- image encoders
 
@@ -47,17 +39,17 @@ def test_encoder_by_name_gives_pooled_features(name, width):
 
 def test_kwargs_reach_timm():
     assert build_image_encoder("test_vit", 32, pretrained=False, kwargs={"embed_dim": 32}).width == 32
-    assert "embed_dimm" in error_line(build_image_encoder, "test_vit", 32, False, kwargs={"embed_dimm": 32})
+    assert "embed_dimm" in input_error(build_image_encoder, "test_vit", 32, False, kwargs={"embed_dimm": 32})
 
 
 def test_unknown_encoder_offers_near_names():
-    line = error_line(build_image_encoder, "nf_resnet5", 32)
+    line = input_error(build_image_encoder, "nf_resnet5", 32)
     assert "nf_resnet5" in line and "did you mean" in line and "nf_resnet50" in line
-    assert "timm.list_models" in error_line(build_image_encoder, "?!", 32)
+    assert "timm.list_models" in input_error(build_image_encoder, "?!", 32)
 
 
 def test_size_that_the_model_refuses():
-    line = error_line(build_image_encoder, "test_vit", 30, pretrained=False)
+    line = input_error(build_image_encoder, "test_vit", 30, pretrained=False)
     assert "30" in line and "--image_size" in line
 
 
@@ -117,24 +109,24 @@ def test_a_part_that_is_no_classifier_is_not_left_out(tmp_path):
     state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
     path = tmp_path / "weights.safetensors"
     save_file({**state, "neck.weight": torch.zeros(2)}, path)
-    assert "neck.weight" in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert "neck.weight" in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
 
 
 @pytest.mark.parametrize("name", ["test_nfnet", "test_efficientnet"])
 def test_pictures_of_less_than_one_cell_are_refused(name):
-    assert "--image_size 1 is less than one cell" in error_line(build_image_encoder, name, 1, False)
+    assert "--image_size 1 is less than one cell" in input_error(build_image_encoder, name, 1, False)
     build_image_encoder(name, 32, False)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_wrong_checkpoints(tmp_path, ending):
     path = tmp_path / f"weights.{ending}"
-    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert str(path) in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     path.write_bytes(b"not weights at all")
-    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert str(path) in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     state = timm.create_model("test_nfnet", num_classes=0).state_dict()
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
-    line = error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    line = input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     assert str(path) in line and "test_vit" in line
 
 
@@ -303,7 +295,7 @@ def test_a_tokenizer_that_cannot_pad_is_one_line(words_tokenizer, tmp_path):
     transformers.GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words_tokenizer.backend_tokenizer)
     bare.save_pretrained(tmp_path)
-    line = error_line(TextEncoder, str(tmp_path), "mean", pretrained=False)
+    line = input_error(TextEncoder, str(tmp_path), "mean", pretrained=False)
     assert str(tmp_path) in line and "neither a pad token nor" in line
 
 
@@ -434,15 +426,15 @@ def test_long_captions_are_cut(bert_folder, clip_folder):
 
 
 def test_text_encoder_that_is_not_there(tmp_path, bert_folder):
-    line = error_line(TextEncoder, str(tmp_path / "nothing"))
+    line = input_error(TextEncoder, str(tmp_path / "nothing"))
     assert "nothing" in line and "bert" in line
     broken = tmp_path / "broken"
     shutil.copytree(bert_folder, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert str(broken) in error_line(TextEncoder, str(broken))
+    assert str(broken) in input_error(TextEncoder, str(broken))
     weights.unlink()
-    assert str(broken) in error_line(TextEncoder, str(broken))
+    assert str(broken) in input_error(TextEncoder, str(broken))
 
 
 # ---- activations that keep little

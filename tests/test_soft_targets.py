@@ -8,9 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import distill
-import evaluate
 from networks.loss import contrastive_loss, pair_loss
-from tests.test_scripts import stderr_line, table_rows
+from tests.programs import error_line, score_sets, table
 from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
 from utils.matching import PairLearner
@@ -356,10 +355,8 @@ def test_similarity_is_learned_saved_resumed_and_trained_on(run_distill, tmp_pat
     assert torch.equal(straight.image_syn, parts.image_syn)
     assert not torch.equal(straight.targets, torch.eye(6))
     capsys.readouterr()
-    argv = ["--synset", str(tmp_path / "straight/last.safetensors"), "--num_eval", "1"]
-    assert evaluate.main(argv) == 0
-    soft = table_rows(capsys.readouterr().out)
-    assert len(soft) == 1
+    assert score_sets("--synset", tmp_path / "straight/last.safetensors", "--num_eval", 1) == 0
+    assert len(table(capsys.readouterr().out)[1]) == 1
 
 
 def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, experts):
@@ -368,7 +365,7 @@ def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, exp
     first, last = (load_synset(tmp_path / "a" / f"{name}.safetensors") for name in ("iteration_000000", "last"))
     assert last.phases == 2
     assert all((last.image_syn[i] != first.image_syn[i]).any() for i in range(6))
-    line = stderr_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
+    line = error_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
     assert "saved with Iteration=2" in line
 
 
@@ -392,7 +389,7 @@ def test_what_a_phase_learned_stays_its_average(run_distill, tmp_path):
     ],
 )
 def test_flags_that_do_not_go_together(run_distill, tmp_path, capsys, flags, words):
-    line = stderr_line(capsys, run_distill, tmp_path / "run", *flags)
+    line = error_line(capsys, run_distill, tmp_path / "run", *flags)
     assert all(word in line for word in words)
     assert not (tmp_path / "run").exists()
 
@@ -405,13 +402,10 @@ def test_damaged_similarity_is_one_line(run_distill, tmp_path, capsys):
     tensors = load_file(path)
     tensors["similarity_left"] = tensors["similarity_left"][:5].clone()
     save_file(tensors, path, metadata)
-    capsys.readouterr()
-    assert evaluate.main(["--synset", str(path)]) == 2
-    assert "similarity has the shape" in capsys.readouterr().err
+    assert "similarity has the shape" in error_line(capsys, score_sets, "--synset", path)
     tensors["similarity_left"] = torch.zeros(6, 2)
     save_file(tensors, path, {**metadata, "phases": "7"})
-    assert evaluate.main(["--synset", str(path)]) == 2
-    assert "phases are 7 for 6 pairs" in capsys.readouterr().err
+    assert "phases are 7 for 6 pairs" in error_line(capsys, score_sets, "--synset", path)
 
 
 @pytest.mark.parametrize("recipe", ["lors", "repblend", "ptmst"])
