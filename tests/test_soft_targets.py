@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import distill
 from networks.loss import contrastive_loss, pair_loss
 from tests.programs import error_line, score_sets, table
-from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
+from tests.unroll import Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
 from utils.matching import PairLearner
 from utils.matching.draws import Draws
@@ -118,13 +118,6 @@ def test_nce_of_the_identity_is_nearly_infonce(features):
 # ---- the gradient
 
 
-def with_similarity(problem, sim_type, loss_type):
-    problem.loss_fn = StudentLoss(problem.model, 0.07, loss_type, alpha=3.0)
-    parts = initial_similarity(sim_type, NUM_PAIRS, 2, torch.Generator().manual_seed(4))
-    problem.pairs.similarity = tuple(part.double() + 0.2 * normal(*part.shape, seed=5) for part in parts)
-    return problem
-
-
 @pytest.mark.parametrize(
     ("sim_type", "loss_type", "momentum", "pair_chunk"),
     [
@@ -137,14 +130,14 @@ def with_similarity(problem, sim_type, loss_type):
 )
 def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, momentum, pair_chunk):
     """With dropout and mini-batches; that of S and of its factors too."""
-    problem = with_similarity(Problem("test_nfnet"), sim_type, loss_type)
+    problem = Problem("test_nfnet").soft(sim_type, loss_type)
     check_chunks(problem.arguments(3, batch_size=3), pair_chunk, momentum=momentum)
 
 
 def frozen(blend_alpha=0.0):
     problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True)
     problem.model.image_encoder.eval()
-    with_similarity(problem, "lowrank", "WBCE").loss_fn.blend_alpha = blend_alpha
+    problem.soft("lowrank", "WBCE").loss_fn.blend_alpha = blend_alpha
     return problem
 
 
