@@ -10,58 +10,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import buffer
-import distill
 import evaluate
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
+from tests.conftest import QUICK_BUFFER
 from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path, save_trajectory
 from utils.files import BackgroundSaver
 from utils.sets import Pairs
 from utils.student import StudentLoss, matching_gradient
 
-QUICK = ["--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
-QUICK_DISTILL = [
-    *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--Iteration", "1", "--num_eval", "1"),
-    *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--disabled_wandb"),
-    *("--lr_teacher_img", "0.01", "--no_draw", "--no_report"),
-]
-
 
 @pytest.fixture(scope="module")
-def train(tiny_argv):
-    """buffer.main; returns the exit code."""
-
-    def run(folder, *more):
-        return buffer.main([*tiny_argv, *QUICK, "--buffer_path", str(folder), *map(str, more)])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def kept(train, tmp_path_factory):
+def kept(run_buffer, tmp_path_factory):
     """Buffer folder of one expert of four epochs that keeps 0, 1, 2 and 4, as by default in fp16."""
     folder = tmp_path_factory.mktemp("kept")
-    assert train(folder, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 2) == 0
+    assert run_buffer(folder, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 2) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(run_buffer, tmp_path_factory):
     """The same expert with all its snapshots in fp32."""
     folder = tmp_path_factory.mktemp("whole")
-    assert train(folder, "--num_experts", 1, "--train_epochs", 4, "--snapshot_type", "fp32") == 0
+    assert run_buffer(folder, "--num_experts", 1, "--train_epochs", 4, "--snapshot_type", "fp32") == 0
     return folder
 
 
 @pytest.fixture
-def match(tiny_argv):
-    def run(folder, save_dir, *more):
-        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(folder), "--save_dir", str(save_dir)]
-        return distill.main([*argv, *map(str, more)])
-
-    return run
+def match(run_distill):
+    quick = "--Iteration", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--no_draw"
+    return lambda folder, save_dir, *more: run_distill(save_dir, "--buffer_path", folder, *quick, *more)
 
 
 def expert_of(root, number=0):
@@ -102,11 +82,11 @@ def test_all_data_row_is_the_last_snapshot(kept, match, tmp_path, capsys):
     assert "| all data (1 expert, 4 epochs) | all |" in capsys.readouterr().out
 
 
-def test_more_snapshots_than_an_expert_keeps(kept, train, tmp_path, capsys):
-    line = error_line(capsys, train, kept, "--num_experts", 1, "--train_epochs", 4)
+def test_more_snapshots_than_an_expert_keeps(kept, run_buffer, tmp_path, capsys):
+    line = error_line(capsys, run_buffer, kept, "--num_experts", 1, "--train_epochs", 4)
     assert str(expert_of(kept)) in line and "snapshots 3 " in line and "--keep_epochs" in line
-    assert train(kept, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 1) == 0
-    line = error_line(capsys, train, tmp_path / "b", "--train_epochs", 2, "--keep_epochs", 3)
+    assert run_buffer(kept, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 1) == 0
+    line = error_line(capsys, run_buffer, tmp_path / "b", "--train_epochs", 2, "--keep_epochs", 3)
     assert "--keep_epochs 3" in line and "--train_epochs 2" in line
     assert not (tmp_path / "b").exists()
 
@@ -152,33 +132,33 @@ def test_differences_of_any_size(tmp_path, factor):
     assert (stored - later).abs().max() <= 2.0**-11 * factor + 1e-45
 
 
-def test_experts_of_a_folder_share_the_start_of_the_image_tower(train, tmp_path, capsys):
-    assert train(tmp_path, "--num_experts", 2, "--train_epochs", 1) == 0
+def test_experts_of_a_folder_share_the_start_of_the_image_tower(run_buffer, tmp_path, capsys):
+    assert run_buffer(tmp_path, "--num_experts", 2, "--train_epochs", 1) == 0
     first, second = (Trajectory(expert_of(tmp_path, n)) for n in range(2))
     (start,) = first.path.parent.glob("start_*")
     assert "0/image_encoder.model.stem.conv1.weight" in first.handles
     assert all(torch.equal(v, second.snapshot(0)[n]) for n, v in first.snapshot(0).items() if n[0] == "i")
     written = start.stat().st_mtime_ns
-    assert train(tmp_path, "--num_experts", 3, "--train_epochs", 1) == 0
+    assert run_buffer(tmp_path, "--num_experts", 3, "--train_epochs", 1) == 0
     assert start.stat().st_mtime_ns == written
     content = start.read_bytes()
     start.write_bytes(content[:-10])
-    assert str(start) in error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    assert str(start) in error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     start.unlink()
-    line = error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    line = error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     assert str(first.path) in line and start.name in line
     for path in (first.path, second.path, expert_of(tmp_path, 2)):
         path.unlink()
     start.write_bytes(content[:-10])  # damaged and needed: written again
-    assert train(tmp_path, "--num_experts", 1, "--train_epochs", 1) == 0
+    assert run_buffer(tmp_path, "--num_experts", 1, "--train_epochs", 1) == 0
     assert start.stat().st_size == len(content)
     assert Trajectory(first.path).shapes()
 
 
-def test_start_of_other_weights_is_refused(kept, train, match, tmp_path, capsys):
+def test_start_of_other_weights_is_refused(kept, run_buffer, match, tmp_path, capsys):
     shutil.copytree(kept, tmp_path / "b")
     other = tmp_path / "o"
-    assert train(other, "--num_experts", 1, "--train_epochs", 1, "--no_image_pretrained") == 0
+    assert run_buffer(other, "--num_experts", 1, "--train_epochs", 1, "--no_image_pretrained") == 0
     (start,) = expert_of(tmp_path / "b").parent.glob("start_*")
     tensors = {f"0/{n}": v for n, v in Trajectory(expert_of(other)).snapshot(0).items() if n.startswith("image")}
     save_trajectory(other / "e.safetensors", [{n[2:]: v + 1 for n, v in tensors.items()}], {}, [], shares_start=True)
@@ -187,9 +167,9 @@ def test_start_of_other_weights_is_refused(kept, train, match, tmp_path, capsys)
     assert str(start) in error_line(capsys, match, tmp_path / "b", tmp_path / "r")
 
 
-def test_random_starts_are_not_shared(tiny_argv, train, tmp_path):
+def test_random_starts_are_not_shared(tiny_argv, tmp_path):
     checkpoint = tiny_argv.index("--image_checkpoint")
-    argv = [*tiny_argv[:checkpoint], *tiny_argv[checkpoint + 2 :], "--no_image_pretrained", *QUICK]
+    argv = [*tiny_argv[:checkpoint], *tiny_argv[checkpoint + 2 :], "--no_image_pretrained", *QUICK_BUFFER]
     argv += ["--num_experts", "2", "--train_epochs", "1", "--buffer_path", str(tmp_path)]
     assert buffer.main(argv) == 0
     assert not list(tmp_path.rglob("start_*"))
@@ -225,13 +205,13 @@ def test_save_runs_beside_and_its_error_comes_back():
     assert done == [1]
 
 
-def test_full_disk_is_one_line_and_leaves_no_file(train, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_one_line_and_leaves_no_file(run_buffer, tmp_path, capsys, monkeypatch):
     def fail(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.files.save_file", fail)
-    line = error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    line = error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     assert "No space left" in line
     assert [path.name for path in expert_of(tmp_path).parent.iterdir()] == ["metrics.jsonl"]
 

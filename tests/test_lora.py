@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 import buffer
 import distill
 import evaluate
-from data.demo import make_demo
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
@@ -206,18 +205,12 @@ def test_outer_gradient_is_that_of_the_full_unroll(name):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A drawn data set under another name, a checkpoint of test_vit, and a buffer of two LoRA experts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    root = folder / "data"
-    make_demo(root, num_train=24, num_val=8, num_test=8, image_size=32)
-    for split in ("train", "val", "test"):
-        (root / f"demo_{split}.json").rename(root / f"tiny_{split}.json")
+def tiny(tiny_argv, tmp_path_factory):
+    """Flags of the tiny data with a checkpoint of test_vit, and a buffer of two LoRA experts."""
+    folder = tmp_path_factory.mktemp("lora")
     save_file(build("test_vit").model.state_dict(), folder / "vit.safetensors")
-    flags = ["--dataset", "tiny", "--image_root", str(root), "--ann_root", str(root), "--image_size", "32"]
-    flags += ["--image_encoder", "test_vit", "--image_checkpoint", str(folder / "vit.safetensors")]
-    flags += ["--text_encoder", "demo", "--text_pooling", "mean", "--cache_dir", str(folder / "cache")]
-    flags += ["--num_workers", "0", "--device", "cpu", "--buffer_path", str(folder / "buffers")]
+    flags = [*tiny_argv, "--image_encoder", "test_vit", "--image_checkpoint", str(folder / "vit.safetensors")]
+    flags += ["--buffer_path", str(folder / "buffers")]
     assert run(buffer, flags, *EXPERTS, "--num_experts", "2", "--lora_rank", "2", "--lora_alpha", "4") == 0
     return folder, flags
 

@@ -22,8 +22,9 @@ def vit():
     return Problem(**VIT)
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
-@pytest.mark.parametrize("encoder", ["nfnet", "vit"])
+@pytest.mark.parametrize(
+    ("encoder", "steps"), [("nfnet", 1), ("nfnet", 2), ("nfnet", 3), ("vit", 1), ("vit", 2), ("vit", 8)]
+)
 def test_gradient_equals_the_full_unroll(encoder, steps, request):
     """With dropout on, and mini-batches smaller than the set."""
     arguments = request.getfixturevalue(encoder).arguments(steps)
@@ -85,12 +86,12 @@ def test_global_random_state_stays_as_it_is_with_chunks(nfnet):
 @pytest.mark.parametrize("student", [{"momentum": 0.9}, {"adjoint_decay": 0.6}, {"adjoint_decay": 0.0}])
 @pytest.mark.parametrize("encoder", ["nfnet", "vit"])
 def test_momentum_and_adjoint_decay(encoder, student, request):
-    check_chunks(request.getfixturevalue(encoder).arguments(4), None, **student)
+    check_chunks(request.getfixturevalue(encoder).arguments(3), None, **student)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
-def test_momentum_with_a_damped_adjoint(steps, nfnet):
-    check_chunks(nfnet.arguments(steps), None, momentum=0.7, adjoint_decay=0.5)
+def test_momentum_with_a_damped_adjoint(steps, vit):
+    check_chunks(vit.arguments(steps), None, momentum=0.7, adjoint_decay=0.5)
 
 
 def test_momentum_takes_the_steps_of_torchs_optimizer():
@@ -304,7 +305,7 @@ def toy_problem(steps):
     return toy_loss, start, target, pairs, draw_batches(4, 2, steps, generator), 11
 
 
-@pytest.mark.parametrize("steps", [1, 3, 6])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_gradient_equals_finite_differences(steps):
     loss_fn, start, target, pairs, batches, seed = toy_problem(steps)
     gradient = matching_gradient(loss_fn, start, target, pairs, batches, seed).gradient
