@@ -14,15 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.measure import (
-    Tf32,
-    alternate,
-    count_operations,
-    describe_machine,
-    matrix_rate,
-    peak_memory,
-    table,
-)
+from benchmarks.measure import Tf32, alternate, count_operations, describe_machine, matrix_rate, peak_memory, table
 from networks.clip_model import IMAGE_TOWER, CLIPModel, ProjectionHead, trained_parameters
 from networks.derivatives.activations import SiLU
 from networks.image_encoder import build_image_encoder

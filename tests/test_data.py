@@ -14,14 +14,7 @@ from PIL import Image
 
 from data import image_cache
 from data.annotations import Record, clean_caption, read_split
-from data.pairs import (
-    PairDataset,
-    drop_unreadable,
-    find_images,
-    pair_loader,
-    read_image,
-    retrieval_set,
-)
+from data.pairs import PairDataset, drop_unreadable, find_images, pair_loader, read_image, retrieval_set
 from data.text_cache import embed_captions
 from data.transforms import denormalize, eval_transform, normalize, train_transform
 from tests.programs import input_error
@@ -70,12 +63,7 @@ def write_albef_test_form(root):
 def write_karpathy(root):
     splits = {"pics/a.png": "train", "pics/b.png": "restval"}
     images = [
-        {
-            "filepath": "pics",
-            "filename": k[5:],
-            "split": splits[k],
-            "sentences": [{"raw": text} for text in v],
-        }
+        {"filepath": "pics", "filename": k[5:], "split": splits[k], "sentences": [{"raw": text} for text in v]}
         for k, v in PICTURES.items()
     ]
     other = {"filename": "c.png", "split": "test", "sentences": [{"raw": "not this"}]}
@@ -460,12 +448,7 @@ def wrong_name(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-3]),
-        wrong_rows,
-        wrong_name,
-    ],
+    [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-3]), wrong_rows, wrong_name],
 )
 def test_damaged_cache_is_made_anew(tmp_path, capsys, damage):
     encoder = LengthEncoder()

@@ -139,9 +139,7 @@ def test_an_error_in_the_page_is_one_warning_and_the_run_goes_on(run_distill, tm
     monkeypatch.setattr("utils.report.run.principal_plane", broken)
     assert run_distill(tmp_path / "r", "--Iteration", 2, "--eval_it", 1, "--report") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and "report" in line]
-    assert lines == [
-        "warning: report.html left out, the run goes on (LinAlgError: Eigenvalues did not converge)",
-    ]
+    assert lines == ["warning: report.html left out, the run goes on (LinAlgError: Eigenvalues did not converge)"]
     assert (tmp_path / "r/best.safetensors").exists()
 
 

@@ -392,19 +392,17 @@ def test_empty_buffer(run_distill, tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
-def test_buffer_of_another_image_size(run_distill, experts, tmp_path, capsys):
-    line = error_line(capsys, run_distill, tmp_path / "r", "--image_size", 48)
-    assert "image_size=32" in line and "image_size=48" in line
-
-
-def test_start_epoch_beyond_the_snapshots(run_distill, tmp_path, capsys):
-    line = error_line(capsys, run_distill, tmp_path / "r", "--max_start_epoch", 3)
-    assert "--max_start_epoch 3" in line and "--expert_epochs 1" in line
-
-
-def test_more_queries_than_pictures(run_distill, tmp_path, capsys):
-    line = error_line(capsys, run_distill, tmp_path / "r", "--num_queries", 25)
-    assert "25" in line and "24" in line
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--image_size", 48, ("image_size=32", "image_size=48")),
+        ("--max_start_epoch", 3, ("--max_start_epoch 3", "--expert_epochs 1")),
+        ("--num_queries", 25, ("25", "24")),
+    ],
+)
+def test_flags_that_do_not_fit_the_experts_or_the_data(run_distill, tmp_path, capsys, flag, value, words):
+    line = error_line(capsys, run_distill, tmp_path / "r", flag, value)
+    assert all(word in line for word in words)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "cut"])
