@@ -13,7 +13,6 @@ captions has on average in BERT's tokens (128 is the published batch), 24 what t
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from benchmarks.measure import table
+from benchmarks.measure import now, table
 from data.annotations import Record
 from data.augment import Augment, cached_side
 from data.image_cache import cache_images
@@ -52,29 +51,24 @@ class Step:
 
     def __call__(self, batches, embed, augment) -> list[float]:
         """One step; seconds of each of PARTS. `embed` is a function from row numbers to embeddings."""
-        times = [self._now()]
+        times = [now(self.device)]
         images, rows = next(batches)
         images = images.to(self.device, non_blocking=True)
         if augment is not None:
             images = augment(images)
         encoder = self.model.image_encoder
         images = normalize(images, encoder.mean, encoder.std)
-        times.append(self._now())
+        times.append(now(self.device))
         text_embed = embed(rows).to(self.device)
-        times.append(self._now())
+        times.append(now(self.device))
         loss = self.model.loss(*self.model(images, text_embed))
-        times.append(self._now())
+        times.append(now(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        times.append(self._now())
+        times.append(now(self.device))
         self.optimizer.step()
-        times.append(self._now())
+        times.append(now(self.device))
         return [after - before for before, after in zip(times, times[1:], strict=False)]
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def captions_share(self, args, tokens: torch.Tensor | None) -> str:
         """Share of the captions in a step's floating-point operations, in per cent."""

@@ -14,15 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.measure import (
-    Tf32,
-    alternate,
-    count_operations,
-    describe_machine,
-    matrix_rate,
-    peak_memory,
-    table,
-)
+from benchmarks.measure import Tf32, alternate, count_operations, describe_machine, matrix_rate, peak_memory, table
 from networks.clip_model import IMAGE, CLIPModel, ProjectionHead, trained_parameters
 from networks.derivatives.activations import SiLU
 from networks.image_encoder import build_image_encoder
@@ -31,6 +23,8 @@ from networks.loss import PairLoss
 from utils.sets import Pairs
 from utils.student import StudentLoss, matching_gradient
 
+# What a `Problem` takes besides device and sizes, where nothing else is asked for.
+PLAIN = {"lr_img": 0.01, "lr_txt": 0.01, "temperature": 0.07, "lora_rank": None, "lora_layers": "attn", "heads": False}
 HEAD = (
     *("T", "M", "way", "s", "peak GB", "without θ_t", "relative error", "cosine", "error to float64"),
     *("cosine to float64", "GFLOP", "share of matrix rate"),
@@ -191,12 +185,13 @@ def parse_args(argv=None):
     add("--float64", action="store_true", help="also compare with float64")
     add("--heads", action="store_true", help="a frozen encoder and a projection on each side")
     add("--lora_rank", type=int, help="train low-rank updates of the image encoder in its place")
-    add("--lora_layers", default="attn", help="which layers they update")
-    add("--lr_img", type=float, default=0.01, help="rate of the image tower")
-    add("--lr_txt", type=float, default=0.01, help="rate of the text tower")
-    add("--temperature", type=float, default=0.07, help="of the contrastive loss")
+    add("--lora_layers", help="which layers they update")
+    add("--lr_img", type=float, help="rate of the image tower")
+    add("--lr_txt", type=float, help="rate of the text tower")
+    add("--temperature", type=float, help="of the contrastive loss")
     add("--repeats", type=int, default=5, help="times are medians of so many")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(**PLAIN)
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from benchmarks.measure import alternate, describe_machine, table
-from benchmarks.outer_gradient import Problem
+from benchmarks.outer_gradient import PLAIN, Problem
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
 from utils.experts.trajectory import Trajectory, save_trajectory
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=10, help="of the expert; its file holds one snapshot more")
     add("--repeats", type=int, default=5, help="times are medians of so many")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None, heads=False)
+    parser.set_defaults(**PLAIN)
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,6 @@ in straight lines, at --rate operations a second; bytes by the formula at --link
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import count_operations, describe_machine, now, peak_memory, table
-from benchmarks.outer_gradient import Problem
+from benchmarks.measure import alternate, count_operations, describe_machine, peak_memory, table
+from benchmarks.outer_gradient import PLAIN, Problem
 from networks.clip_model import IMAGE
 from utils import ranks
 
@@ -66,18 +65,13 @@ def work(args) -> None:
     before = ranks.bytes_sent()
     call()
     sent = ranks.bytes_sent() - before
-    seconds = []
-    for _ in range(args.repeats):
-        ranks.wait()
-        start = now(args.device)
-        call()
-        ranks.wait()
-        seconds.append(now(args.device) - start)
+    ranks.wait()
+    (seconds,) = alternate([lambda: (call(), ranks.wait())], args.repeats, args.device)
     peak = max(ranks.gather(peak_memory(call, args.device)))
     # Beside the one in use; on a GPU they lie in the host's memory.
     stored = (args.steps - 1) * problem.bytes if args.device.type == "cpu" else 0
     planned = bytes_sent(sizes_of(problem), args.pairs, args.steps, ranks.count())
-    numbers = {"seconds": statistics.median(seconds), "peak": peak, "stored": stored, "sent": sent, "planned": planned}
+    numbers = {"seconds": seconds, "peak": peak, "stored": stored, "sent": sent, "planned": planned}
     numbers["operations"] = max(ranks.gather(count_operations(call)))
     if ranks.is_first():
         print(RESULT + json.dumps(numbers))
@@ -151,7 +145,7 @@ def parse_args(argv=None):
     add("--rate", type=float, default=50e12, help="operations a second that a card of the paper case does")
     add("--links", type=float, nargs="+", default=[300e9, 25e9, 12.5e9], help="bytes a second that it sends")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(lr_img=0.01, lr_txt=0.01, temperature=0.07, lora_rank=None, heads=False)
+    parser.set_defaults(**PLAIN)
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,8 @@ import distill
 import evaluate
 from data.annotations import Record, read_split
 from data.pairs import find_images, shared_pictures
-from tests.test_data import error_line, write_json
+from tests.programs import error_line, input_error
+from tests.test_data import write_json
 from utils.sets import load_synset, save_synset
 
 NAMES = [f"{i:02d}.jpg" for i in range(30)]
@@ -131,7 +132,7 @@ def test_held_out_pictures_are_at_most_a_thousand(tmp_path, capsys):
 
 def test_too_few_pictures_for_three_splits(tmp_path):
     json_lines(tmp_path / "metadata.jsonl", [{"file_name": f"{i}.jpg", "text": "a"} for i in range(2)])
-    assert "2 pictures" in error_line(read_split, "mine", "test", tmp_path)
+    assert "2 pictures" in input_error(read_split, "mine", "test", tmp_path)
 
 
 def test_lists_beside_the_file_say_the_splits(tmp_path, capsys):
@@ -144,7 +145,7 @@ def test_lists_beside_the_file_say_the_splits(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert "Flickr_8k.devImages.txt" in line and "15 train, 2 val, 3 test, 10 in none" in line
     (tmp_path / "Flickr_8k.devImages.txt").unlink()
-    assert "Flickr_8k.devImages.txt" in error_line(read_split, "flickr8k", "val", tmp_path / "Flickr8k.token.txt", 5)
+    assert "Flickr_8k.devImages.txt" in input_error(read_split, "flickr8k", "val", tmp_path / "Flickr8k.token.txt", 5)
 
 
 def test_lists_may_leave_endings_out_and_must_not_overlap(tmp_path):
@@ -153,10 +154,10 @@ def test_lists_may_leave_endings_out_and_must_not_overlap(tmp_path):
         (tmp_path / f"{split}.txt").write_text("\n".join(name.removesuffix(".jpg") for name in names))
     assert [record.image for record in read_split("flickr", "val", tmp_path)] == NAMES[:2]
     (tmp_path / "test.txt").write_text("00\n02")
-    line = error_line(read_split, "flickr", "val", tmp_path, 1)
+    line = input_error(read_split, "flickr", "val", tmp_path, 1)
     assert "test.txt" in line and "00" in line
     (tmp_path / "test.txt").write_text("other")
-    assert "names no picture" in error_line(read_split, "flickr", "val", tmp_path, 1)
+    assert "names no picture" in input_error(read_split, "flickr", "val", tmp_path, 1)
 
 
 def test_splits_that_a_file_names(tmp_path, capsys):
@@ -185,7 +186,7 @@ def test_file_of_one_split(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert read_split("mine", "val", tmp_path) == [Record("a/b.jpg", ("a dog", "two dogs"), "b")]
     pipes(tmp_path)  # the data set has files of its own: another one is not mixed in
-    assert "mine_test.json" in error_line(read_split, "mine", "test", tmp_path)
+    assert "mine_test.json" in input_error(read_split, "mine", "test", tmp_path)
 
 
 def test_folders_of_the_splits(tmp_path):
@@ -194,14 +195,14 @@ def test_folders_of_the_splits(tmp_path):
         json_lines(tmp_path / folder / "metadata.jsonl", [{"file_name": "b.jpg", "text": f"A {folder} dog."}])
     assert read_split("mine", "train", tmp_path) == [Record("train/b.jpg", ("a train dog",), "b")]
     assert read_split("mine", "val", tmp_path) == [Record("validation/b.jpg", ("a validation dog",), "b")]
-    assert "no annotations" in error_line(read_split, "mine", "test", tmp_path)
+    assert "no annotations" in input_error(read_split, "mine", "test", tmp_path)
 
 
 def test_unusual_line_ends_are_part_of_a_caption(tmp_path):
     (tmp_path / "mine_val.tsv").write_text("filepath\ttitle\na.jpg\tA dog\u2028runs\x0b.\n", encoding="utf-8")
     (tmp_path / "results_20130124.token").write_text("a.jpg#0\tA dog\u2028runs\x0b.\n" * 3, encoding="utf-8")
     assert read_split("mine", "val", tmp_path)[0].captions == ("a dog runs",)
-    assert "1 pictures" in error_line(read_split, "mine", "val", tmp_path / "results_20130124.token")
+    assert "1 pictures" in input_error(read_split, "mine", "val", tmp_path / "results_20130124.token")
 
 
 def test_windows_separators_lead_to_the_pictures(tmp_path):
@@ -214,14 +215,14 @@ def test_windows_separators_lead_to_the_pictures(tmp_path):
 def test_several_files_are_asked_about_and_one_can_be_named(tmp_path):
     coco(tmp_path)
     metadata_rows(tmp_path)
-    line = error_line(read_split, "mine", "val", tmp_path)
+    line = input_error(read_split, "mine", "val", tmp_path)
     assert "captions_train2014.json, metadata.jsonl" in line and "--ann_root" in line
     assert len(read_split("mine", "val", tmp_path / "metadata.jsonl")) == 3
 
 
 def test_csv_without_splits_is_refused_and_can_be_named(tmp_path):
     table("mine.csv", ",", "image,caption")(tmp_path)
-    assert "give the file as --ann_root" in error_line(read_split, "mine", "val", tmp_path)
+    assert "give the file as --ann_root" in input_error(read_split, "mine", "val", tmp_path)
     assert len(read_split("mine", "val", tmp_path / "mine.csv")) == 3
 
 
@@ -230,7 +231,7 @@ def test_a_known_data_set_does_not_take_anothers_file(tmp_path):
     coco(tmp_path)
     assert read_split("flickr", "val", tmp_path)[0].image_id in {name.removesuffix(".jpg") for name in NAMES}
     assert read_split("coco", "val", tmp_path)[0].image_id not in {name.removesuffix(".jpg") for name in NAMES}
-    assert "no annotations" in error_line(read_split, "flickr8k", "val", tmp_path)
+    assert "no annotations" in input_error(read_split, "flickr8k", "val", tmp_path)
 
 
 BOTH = {"images": [{"id": 1, "file_name": "a", "sentences": []}], "annotations": []}
@@ -262,7 +263,7 @@ BROKEN = {
 @pytest.mark.parametrize(("name", "content", "parts"), BROKEN.values(), ids=BROKEN)
 def test_broken_form_is_told_in_a_line(tmp_path, name, content, parts):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    line = error_line(read_split, "mine", "train", tmp_path)
+    line = input_error(read_split, "mine", "train", tmp_path)
     assert all(part in line for part in [str(tmp_path / name), *parts]), line
 
 
@@ -279,8 +280,7 @@ def test_all_scripts_take_the_seed_of_the_split(straight, tmp_path):
 
 
 def test_experts_of_another_split_are_refused(experts, run_buffer, capsys):
-    assert run_buffer(experts, "--num_experts", 2, "--split_seed", 1) == 2
-    assert "split_seed=0" in capsys.readouterr().err
+    assert "split_seed=0" in error_line(capsys, run_buffer, experts, "--num_experts", 2, "--split_seed", 1)
 
 
 # ---- pictures in two splits

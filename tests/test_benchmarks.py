@@ -4,33 +4,22 @@ import json
 
 import pytest
 import torch
+from transformers import BertConfig
 
-from benchmarks import measure, memory_estimate, outer_gradient, outer_iteration, same_numbers
+from benchmarks import expert_step, measure, outer_gradient, outer_iteration, same_numbers
+from tests.programs import table
 from utils.files import save_tensors
 
 SMALL = ["--image_size", "32", "--text_dim", "8", "--pairs", "3"]
 
 
 def test_outer_gradient(capsys):
-    flags = [
-        "--steps",
-        "1",
-        "--pair_chunk",
-        "2",
-        "--precision",
-        "bf16",
-        "tf32",
-        "--float64",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    outer_gradient.main([*SMALL, *flags])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 5
-    for row in rows[2:]:
-        way, error = row.split("|")[3].strip(), float(row.split("|")[9])
+    flags = "--steps 1 --pair_chunk 2 --precision bf16 tf32 --float64 --repeats 1 --device cpu"
+    outer_gradient.main([*SMALL, *flags.split()])
+    _, rows = table(capsys.readouterr().out)
+    assert len(rows) == 5
+    for row in rows:
+        way, error = row[2], float(row[8])
         assert error < {"bf16": 0.2, "tf32": 0.02}.get(way[-4:], 1e-3)
 
 
@@ -40,14 +29,15 @@ def test_outer_iteration(capsys):
     assert "read ahead" in capsys.readouterr().out
 
 
-def test_memory_estimate_is_near_the_measured_peak(capsys):
-    flags = [*SMALL[:-1], "8", "--image_encoder", "test_nfnet", "--pair_chunk", "4"]
-    memory_estimate.main(flags)
-    estimated = [line.split("|") for line in capsys.readouterr().out.splitlines()[-2:]]
-    args = memory_estimate.parse_args(flags)
-    for line, chunk in zip(estimated, (None, 4), strict=True):
-        peak = memory_estimate.peak(args, 8, chunk)
-        assert float(line[2]) == pytest.approx(peak / 1e9, rel=0.1, abs=0.01)
+def test_step_of_an_expert(capsys, monkeypatch):
+    small = BertConfig(num_hidden_layers=1, vocab_size=30522)
+    monkeypatch.setattr(expert_step, "BertConfig", lambda: small)
+    tiny = ["--image_encoder", "test_nfnet", "--image_size", "32", "--batch", "2", "--pictures", "4", "--repeats", "1"]
+    expert_step.main([*tiny, "--device", "cpu"])
+    head, rows = table(capsys.readouterr().out)
+    assert head[4:9] == [f"{part}, s" for part in expert_step.PARTS]
+    assert [row[0] for row in rows] == ["cached", *(f"decoded and embedded, {n} tokens" for n in (35, 24))]
+    assert rows[0][2] == "1.00"
 
 
 def test_peak_memory_of_a_known_call():

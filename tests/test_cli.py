@@ -16,6 +16,7 @@ import coreset
 import distill
 import evaluate
 from data.errors import InputError
+from tests.programs import error_line
 from utils import cli
 from utils.cli.recipes import RECIPES, recipe_defaults
 from utils.sets import SynSet, load_synset, save_synset
@@ -38,16 +39,6 @@ def synset_file(tmp_path):
     settings["method"] = "distilled"
     save_synset(tmp_path / "set.safetensors", SynSet(*pairs, {**settings, "num_eval": 2, "text_encoder": "demo"}))
     return str(tmp_path / "set.safetensors")
-
-
-def stderr_line(capsys, call, *args):
-    """The one line on stderr that `call` leaves with exit code 2."""
-    with pytest.raises(SystemExit) as caught:
-        call(*args)
-    assert caught.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and ": error: " in lines[0]
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +65,7 @@ def test_booleans_that_are_off_by_default():
 
 
 def test_boolean_that_is_neither(capsys):
-    line = stderr_line(capsys, distill.parse_args, ["--draw", "maybe"])
+    line = error_line(capsys, distill.parse_args, ["--draw", "maybe"])
     assert "maybe" in line and "--draw" in line
 
 
@@ -203,12 +194,12 @@ def test_experts_train_alike_in_both_scripts():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_unknown_flag_offers_the_nearest(name, capsys):
-    line = stderr_line(capsys, SCRIPTS[name].parse_args, [*NEEDED.get(name, []), "--image_rot=I"])
+    line = error_line(capsys, SCRIPTS[name].parse_args, [*NEEDED.get(name, []), "--image_rot=I"])
     assert line.startswith(f"{name}.py: error:") and "--image_rot" in line and "--image_root" in line
 
 
 def test_flags_are_not_abbreviated(capsys):
-    assert "--num_exp" in stderr_line(capsys, buffer.parse_args, ["--num_exp", "3"])
+    assert "--num_exp" in error_line(capsys, buffer.parse_args, ["--num_exp", "3"])
 
 
 @pytest.mark.parametrize(
@@ -229,7 +220,7 @@ def test_flags_are_not_abbreviated(capsys):
     ],
 )
 def test_values_out_of_range(script, argv, capsys):
-    line = stderr_line(capsys, script.parse_args, argv)
+    line = error_line(capsys, script.parse_args, argv)
     assert (argv or ["--synset"])[0] in line and (not argv or argv[1] in line)
 
 

@@ -16,6 +16,7 @@ from data.annotations import clean_caption
 from data.errors import InputError
 from networks.clip_model import CLIPModel
 from networks.image_encoder import build_image_encoder
+from tests.programs import error_line, table
 from utils.files import save_tensors
 from utils.scoring.coresets import (
     ForgettingCounter,
@@ -400,11 +401,6 @@ def test_frozen_modality_stays_at_its_start(run_distill, tmp_path, flag, other):
 # ---- the table
 
 
-def table_rows(text):
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def run_evaluate(sets, names, *argv):
     paths = [str(sets / f"{name}_5.safetensors") for name in names]
     return evaluate.main(["--synset", *paths, "--num_eval", "2", "--epoch_eval_train", "1", *map(str, argv)])
@@ -430,7 +426,7 @@ def test_table_of_two_sets_and_two_encoders(sets, experts, tmp_path, capsys, mon
     assert built[0][1].endswith("demo_nfnet.safetensors") and built[1][1] is None
     assert len(read) == 1
     assert "no all-data row for test_vit" in out
-    head, _, *rows = table_rows(out)
+    head, rows = table(out)
     assert head == [*COLUMNS, "TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "mean"]
     assert [row[:3] for row in rows] == [
         ["random_5 (random)", "5", "test_nfnet"],
@@ -440,7 +436,7 @@ def test_table_of_two_sets_and_two_encoders(sets, experts, tmp_path, capsys, mon
         ["herding_5 (herding)", "5", "test_vit"],
     ]
     assert [row[3] for row in rows] == ["0.01 0.1", "0.01 0.1", "", "0.01 0.1", "0.01 0.1"]
-    assert table_rows((tmp_path / "new/table.md").read_text()) == table_rows(out)
+    assert table((tmp_path / "new/table.md").read_text()) == table(out)
     numbers = json.loads((tmp_path / "new/table.json").read_text())
     assert numbers["dataset"] == "tiny" and len(numbers["rows"]) == 5
     for row, stored in zip(rows, numbers["rows"], strict=True):
@@ -494,23 +490,11 @@ def test_sets_of_one_name_are_told_apart(sets, tmp_path, capsys):
     copy = tmp_path / "random_5.safetensors"
     copy.write_bytes((sets / "random_5.safetensors").read_bytes())
     assert evaluate.main(["--synset", str(copy), str(sets / copy.name), "--num_eval", "1"]) == 0
-    names = [row[0] for row in table_rows(capsys.readouterr().out)[2:]]
+    names = [row[0] for row in table(capsys.readouterr().out)[1]]
     assert len(names) == 2 and str(copy) in names[0] and str(sets) in names[1]
 
 
 # ---- wrong input: exit code 2 and one line
-
-
-def error_line(capsys, run, *argv):
-    capsys.readouterr()
-    try:
-        code = run(*argv)
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2 and "Traceback" not in captured.out + captured.err
-    (line,) = captured.err.splitlines()
-    return line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import buffer
 import distill
 from data.augment import Augment
 from data.pairs import RetrievalSet
@@ -70,22 +69,11 @@ def test_precisions_of_a_run_are_close(run_on_card, metrics, tmp_path):
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.2) and losses["bf16"] != losses["fp32"]
 
 
-def test_experts_are_augmented_on_the_card(tiny_argv, tmp_path, monkeypatch):
+def test_experts_are_augmented_on_the_card(run_buffer, tmp_path, monkeypatch):
     seen, call = [], Augment.__call__
     monkeypatch.setattr(Augment, "__call__", lambda self, images: (seen.append(images.device), call(self, images))[1])
-    argv = [
-        "--cache_images",
-        "--num_experts",
-        "1",
-        "--train_epochs",
-        "2",
-        "--batch_size_train",
-        "60",
-        "--disabled_wandb",
-    ]
-    folders = ["--buffer_path", str(tmp_path / "b"), "--cache_dir", str(tmp_path / "c")]
-    rates = ["--lr_teacher_img", "0.01", "--device", "cuda"]
-    assert buffer.main([*tiny_argv, *argv, *folders, *rates]) == 0
+    more = "--cache_images", "--num_experts", 1, "--cache_dir", tmp_path / "c", "--device", "cuda"
+    assert run_buffer(tmp_path / "b", *more) == 0
     assert len(seen) == 4 and {device.type for device in seen} == {"cuda"}
     expert = Trajectory(expert_path(tmp_path / "b/tiny/test_nfnet/demo", 0))
     first, last = expert.snapshot(0), expert.snapshot(2)

@@ -14,17 +14,10 @@ from PIL import Image
 
 from data import image_cache
 from data.annotations import Record, clean_caption, read_split
-from data.errors import InputError
-from data.pairs import (
-    PairDataset,
-    drop_unreadable,
-    find_images,
-    pair_loader,
-    read_image,
-    retrieval_set,
-)
+from data.pairs import PairDataset, drop_unreadable, find_images, pair_loader, read_image, retrieval_set
 from data.text_cache import embed_captions
 from data.transforms import denormalize, eval_transform, normalize, train_transform
+from tests.programs import input_error
 from utils.scoring import features
 
 PICTURES = {"pics/a.png": ["A dog.", "Two dogs!"], "pics/b.png": [f"Cat number {i}." for i in range(6)]}
@@ -46,19 +39,6 @@ def write_csv(path, header, rows):
 
 def caption_rows():
     return [(image, caption) for image, captions in PICTURES.items() for caption in captions]
-
-
-def error_line(call, *args):
-    """The message of the InputError that `call` raises; checks that it is one line."""
-    # Not pytest.raises: what it keeps would hold a loader's workers until garbage collection.
-    try:
-        call(*args)
-    except InputError as error:
-        line = str(error)
-    else:
-        pytest.fail("no InputError")
-    assert "\n" not in line
-    return line
 
 
 # ---- annotations
@@ -83,12 +63,7 @@ def write_albef_test_form(root):
 def write_karpathy(root):
     splits = {"pics/a.png": "train", "pics/b.png": "restval"}
     images = [
-        {
-            "filepath": "pics",
-            "filename": k[5:],
-            "split": splits[k],
-            "sentences": [{"raw": text} for text in v],
-        }
+        {"filepath": "pics", "filename": k[5:], "split": splits[k], "sentences": [{"raw": text} for text in v]}
         for k, v in PICTURES.items()
     ]
     other = {"filename": "c.png", "split": "test", "sentences": [{"raw": "not this"}]}
@@ -129,10 +104,10 @@ def test_file_names_of_the_known_datasets(tmp_path):
 
 
 def test_annotations_not_found(tmp_path):
-    line = error_line(read_split, "mine", "val", tmp_path)
+    line = input_error(read_split, "mine", "val", tmp_path)
     for part in (str(tmp_path), "mine_val.json", "dataset_mine.json", "mine_val.csv", "mine.csv"):
         assert part in line
-    assert str(tmp_path / "nowhere") in error_line(read_split, "mine", "val", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in input_error(read_split, "mine", "val", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -153,18 +128,18 @@ def test_annotations_not_found(tmp_path):
 def test_broken_json_is_told_with_its_place(tmp_path, content, parts):
     path = tmp_path / "mine_val.json"
     path.write_text(content)
-    line = error_line(read_split, "mine", "val", tmp_path)
+    line = input_error(read_split, "mine", "val", tmp_path)
     assert all(part in line for part in [str(path), *parts]), line
 
 
 def test_broken_karpathy_and_csv(tmp_path):
     write_csv(tmp_path / "mine.csv", ["image", "caption"], caption_rows())
-    assert "'split'" in error_line(read_split, "mine", "val", tmp_path)
+    assert "'split'" in input_error(read_split, "mine", "val", tmp_path)
     write_csv(tmp_path / "mine.csv", ["image", "caption", "split"], [("a.png", "A dog", "train")])
-    assert "no rows" in error_line(read_split, "mine", "val", tmp_path)
+    assert "no rows" in input_error(read_split, "mine", "val", tmp_path)
     image = {"filename": "a.png", "split": "val", "sentences": [{"tokens": []}]}
     write_json(tmp_path / "dataset_mine.json", {"images": [image]})
-    assert "row 1: no 'raw'" in error_line(read_split, "mine", "val", tmp_path)
+    assert "row 1: no 'raw'" in input_error(read_split, "mine", "val", tmp_path)
 
 
 def test_annotations_are_downloaded_and_kept(tmp_path, monkeypatch):
@@ -190,7 +165,7 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch, page):
         return io.BytesIO(page)
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    line = error_line(read_split, "coco", "train", tmp_path / "new")
+    line = input_error(read_split, "coco", "train", tmp_path / "new")
     assert "datasets/coco_karpathy_train.json" in line and str(tmp_path / "new") in line
     assert list(tmp_path.iterdir()) == []
 
@@ -219,9 +194,9 @@ def test_image_root_with_and_without_the_folder(tmp_path, pictures):
 def test_missing_pictures_are_counted(tmp_path, pictures):
     records, paths = pictures
     paths[0].unlink()
-    line = error_line(find_images, records, tmp_path)
+    line = input_error(find_images, records, tmp_path)
     assert "1 of 2" in line and str(paths[0]) in line and "--image_root" in line
-    assert str(tmp_path / "none") in error_line(find_images, records, tmp_path / "none")
+    assert str(tmp_path / "none") in input_error(find_images, records, tmp_path / "none")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -276,10 +251,10 @@ def cut_short(path):
 def test_unreadable_pictures(tmp_path, pictures):
     records, paths = pictures
     cut_short(paths[1])
-    line = error_line(read_image, paths[1])
+    line = input_error(read_image, paths[1])
     assert str(paths[1]) in line and "--skip_broken" in line
     (tmp_path / "text.jpg").write_text("not a picture")
-    assert "text.jpg" in error_line(read_image, tmp_path / "text.jpg")
+    assert "text.jpg" in input_error(read_image, tmp_path / "text.jpg")
     assert drop_unreadable(records, paths) == (records[:1], paths[:1], paths[1:])
 
 
@@ -291,7 +266,7 @@ def test_retrieval_set(pictures):
     assert gallery.captions == ["a dog", "two dogs", *EXPECTED[1].captions]
     assert gallery.caption_to_image.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
     cut_short(paths[1])
-    assert "b.png" in error_line(lambda: retrieval_set(records, paths, 16).images)
+    assert "b.png" in input_error(lambda: retrieval_set(records, paths, 16).images)
 
 
 def test_some_pictures_of_a_retrieval_set_are_read_alone(pictures):
@@ -410,7 +385,7 @@ def test_unreadable_picture_is_one_line_from_the_loader(pictures, num_workers):
     records, paths = pictures
     cut_short(paths[1])
     loader = pair_loader(PairDataset(records, paths, eval_transform(16)), 3, 0, num_workers)
-    line = error_line(list, loader)
+    line = input_error(list, loader)
     assert str(paths[1]) in line and "--skip_broken" in line
 
 
@@ -473,12 +448,7 @@ def wrong_name(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-3]),
-        wrong_rows,
-        wrong_name,
-    ],
+    [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-3]), wrong_rows, wrong_name],
 )
 def test_damaged_cache_is_made_anew(tmp_path, capsys, damage):
     encoder = LengthEncoder()

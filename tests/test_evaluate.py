@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import evaluate
 from networks.text_encoder import TextEncoder
+from tests.programs import error_line, score_sets, table
 from utils.scoring import compare_rows
 from utils.sets import export, load_synset, save_synset
 
@@ -20,13 +21,6 @@ QUICK = ["--num_eval", "1", "--epoch_eval_train", "1"]
 
 def sets_of(run):
     return [str(run / f"{name}.safetensors") for name in ("iteration_000000", "last")]
-
-
-def error_line(capsys, *argv):
-    capsys.readouterr()
-    assert evaluate.main([*map(str, argv)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 # ---- how sets compare
@@ -72,11 +66,6 @@ def test_nothing_is_compared_with_nothing_or_zero():
 # ---- --looks
 
 
-def cells(text):
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def test_best_of_looks_has_a_column_of_its_own(straight, experts, tmp_path, capsys):
     """Beside it every number, of tuned sets and experts too, is what it is without looks."""
     tables, numbers = [], []
@@ -85,11 +74,13 @@ def test_best_of_looks_has_a_column_of_its_own(straight, experts, tmp_path, caps
         argv = [*argv, "--num_eval", "2", "--epoch_eval_train", "4", "--all_data", experts, *files]
         argv += ["--tune_rates", "--grid_img", "0.02", "--grid_txt", "0.2"]
         assert evaluate.main([*map(str, ["--synset", sets_of(straight)[1], *argv])]) == 0
-        tables.append(cells(capsys.readouterr().out))
-        assert cells((tmp_path / "t.md").read_text()) == tables[-1]
+        tables.append(table(capsys.readouterr().out))
+        assert table((tmp_path / "t.md").read_text()) == tables[-1]
         numbers.append(json.loads((tmp_path / "t.json").read_text())["rows"])
     (plain, plain_experts), (looked, looked_experts) = numbers
-    assert [row[:-1] for row in tables[1]] == tables[0] and plain_experts == looked_experts
+    (head, rows), (head_of_looks, rows_of_looks) = tables
+    assert head_of_looks == [*head, "best of 4 looks at test"]
+    assert [row[:-1] for row in rows_of_looks] == rows and plain_experts == looked_experts
     assert looked.pop("looks") == 4
     best = {
         key: {name: looked[key].pop(name) for name in list(looked[key]) if "look" in name} for key in ("mean", "std")
@@ -97,14 +88,14 @@ def test_best_of_looks_has_a_column_of_its_own(straight, experts, tmp_path, caps
     assert looked == plain and set(best["mean"]) == {f"best_look_{key}" for key in plain["mean"] if key != "train_loss"}
     assert best["mean"]["best_look_r_mean"] >= plain["mean"]["r_mean"]
     shown = f"{best['mean']['best_look_r_mean']:.1f} ± {best['std']['best_look_r_mean']:.1f}"
-    assert [row[-1] for row in tables[1]] == ["best of 4 looks at test", "---", shown, ""]
+    assert [row[-1] for row in rows_of_looks] == [shown, ""]
     page = (tmp_path / "r.html").read_text()
     assert page.count("best of 4 looks at test") == 1 and shown in page
 
 
 def test_more_looks_than_epochs(straight, tmp_path, capsys):
     argv = ["--synset", sets_of(straight)[1], "--looks", 5, "--epoch_eval_train", 4, "--json", tmp_path / "t.json"]
-    line = error_line(capsys, *argv)
+    line = error_line(capsys, score_sets, *argv)
     assert "--looks 5" in line and "--epoch_eval_train 4" in line and not (tmp_path / "t.json").exists()
 
 
@@ -140,7 +131,7 @@ def test_nearest_texts_with_another_text_encoder(straight, trained_on, save_bert
     other.settings["text_encoder"], other.text_syn = "elsewhere", torch.randn(6, 7)
     save_synset(tmp_path / "other.safetensors", other)
     argv = ["--synset", path, tmp_path / "other.safetensors", "--text_encoder", folder, "--text_pooling", "cls", *QUICK]
-    assert "elsewhere" in (line := error_line(capsys, *argv)) and "--texts nearest" in line
+    assert "elsewhere" in (line := error_line(capsys, score_sets, *argv)) and "--texts nearest" in line
     assert evaluate.main([*map(str, argv), "--texts", "nearest", "--json", str(tmp_path / "t.json")]) == 0
     expected = TextEncoder(folder, "cls").encode(other.captions)
     assert len(trained_on) == 2 and all(torch.allclose(s.text_syn, expected, atol=1e-5) for s in trained_on)
@@ -153,7 +144,7 @@ def test_nearest_texts_of_another_dataset_stay_apart(straight, tmp_path, capsys)
     other = load_synset(path)
     other.settings["dataset"] = "coco"
     save_synset(tmp_path / "other.safetensors", other)
-    line = error_line(capsys, "--synset", path, tmp_path / "other.safetensors", "--texts", "nearest")
+    line = error_line(capsys, score_sets, "--synset", path, tmp_path / "other.safetensors", "--texts", "nearest")
     assert "dataset=coco" in line
 
 
@@ -206,9 +197,9 @@ def test_export_writes_over_nothing(straight, tmp_path, capsys):
     (path,) = sets_of(straight)[1:]
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
-    assert "holds files already" in error_line(capsys, "--synset", path, "--export", tmp_path / "full")
+    assert "holds files already" in error_line(capsys, score_sets, "--synset", path, "--export", tmp_path / "full")
     for folder in (tmp_path / "full/mine.txt", tmp_path / "full/mine.txt/below"):
-        assert f"cannot write {folder}" in error_line(capsys, "--synset", path, "--export", folder)
+        assert f"cannot write {folder}" in error_line(capsys, score_sets, "--synset", path, "--export", folder)
     assert os.listdir(tmp_path / "full") == ["mine.txt"] and (tmp_path / "full/mine.txt").read_text() == "mine"
 
 
@@ -234,12 +225,12 @@ def test_interrupted_export_leaves_nothing(straight, tmp_path, capsys, monkeypat
     ],
 )
 def test_flags_without_effect_on_an_export(straight, tmp_path, capsys, argv, word):
-    line = error_line(capsys, "--synset", sets_of(straight)[0], "--export", tmp_path / "x", *argv)
+    line = error_line(capsys, score_sets, "--synset", sets_of(straight)[0], "--export", tmp_path / "x", *argv)
     assert f"leave out {word}" in line and os.listdir(tmp_path) == []
 
 
 def test_export_of_sets_of_one_name(straight, tmp_path, capsys):
     (path,) = sets_of(straight)[1:]
     (tmp_path / "last.safetensors").write_bytes((straight / "last.safetensors").read_bytes())
-    line = error_line(capsys, "--synset", path, tmp_path / "last.safetensors", "--export", tmp_path / "x")
+    line = error_line(capsys, score_sets, "--synset", path, tmp_path / "last.safetensors", "--export", tmp_path / "x")
     assert "one name" in line and not (tmp_path / "x").exists()

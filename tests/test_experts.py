@@ -10,69 +10,42 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import buffer
-import distill
 import evaluate
-from benchmarks.expert_bytes import matching_change
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ProjectionHead
 from networks.image_encoder import build_image_encoder
+from tests.conftest import QUICK_BUFFER
+from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path, save_trajectory
 from utils.files import BackgroundSaver
-
-QUICK = ["--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
-QUICK_DISTILL = [
-    *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--Iteration", "1", "--num_eval", "1"),
-    *("--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4", "--disabled_wandb"),
-    *("--lr_teacher_img", "0.01", "--no_draw", "--no_report"),
-]
+from utils.sets import Pairs
+from utils.student import StudentLoss, matching_gradient
 
 
 @pytest.fixture(scope="module")
-def train(tiny_argv):
-    """buffer.main; returns the exit code."""
-
-    def run(folder, *more):
-        return buffer.main([*tiny_argv, *QUICK, "--buffer_path", str(folder), *map(str, more)])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def kept(train, tmp_path_factory):
+def kept(run_buffer, tmp_path_factory):
     """Buffer folder of one expert of four epochs that keeps 0, 1, 2 and 4, as by default in fp16."""
     folder = tmp_path_factory.mktemp("kept")
-    assert train(folder, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 2) == 0
+    assert run_buffer(folder, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 2) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(run_buffer, tmp_path_factory):
     """The same expert with all its snapshots in fp32."""
     folder = tmp_path_factory.mktemp("whole")
-    assert train(folder, "--num_experts", 1, "--train_epochs", 4, "--snapshot_type", "fp32") == 0
+    assert run_buffer(folder, "--num_experts", 1, "--train_epochs", 4, "--snapshot_type", "fp32") == 0
     return folder
 
 
 @pytest.fixture
-def match(tiny_argv):
-    def run(folder, save_dir, *more):
-        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(folder), "--save_dir", str(save_dir)]
-        return distill.main([*argv, *map(str, more)])
-
-    return run
+def match(run_distill):
+    quick = "--Iteration", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--no_draw"
+    return lambda folder, save_dir, *more: run_distill(save_dir, "--buffer_path", folder, *quick, *more)
 
 
 def expert_of(root, number=0):
     return expert_path(root / "tiny" / "test_nfnet" / "demo", number)
-
-
-def error_line(capsys, run, *argv):
-    """The only line that a run with exit code 2 leaves on stderr."""
-    capsys.readouterr()
-    assert run(*argv) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 # ---- which snapshots
@@ -109,11 +82,11 @@ def test_all_data_row_is_the_last_snapshot(kept, match, tmp_path, capsys):
     assert "| all data (1 expert, 4 epochs) | all |" in capsys.readouterr().out
 
 
-def test_more_snapshots_than_an_expert_keeps(kept, train, tmp_path, capsys):
-    line = error_line(capsys, train, kept, "--num_experts", 1, "--train_epochs", 4)
+def test_more_snapshots_than_an_expert_keeps(kept, run_buffer, tmp_path, capsys):
+    line = error_line(capsys, run_buffer, kept, "--num_experts", 1, "--train_epochs", 4)
     assert str(expert_of(kept)) in line and "snapshots 3 " in line and "--keep_epochs" in line
-    assert train(kept, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 1) == 0
-    line = error_line(capsys, train, tmp_path / "b", "--train_epochs", 2, "--keep_epochs", 3)
+    assert run_buffer(kept, "--num_experts", 1, "--train_epochs", 4, "--keep_epochs", 1) == 0
+    line = error_line(capsys, run_buffer, tmp_path / "b", "--train_epochs", 2, "--keep_epochs", 3)
     assert "--keep_epochs 3" in line and "--train_epochs 2" in line
     assert not (tmp_path / "b").exists()
 
@@ -131,12 +104,21 @@ def model():
 def test_matching_loss_changes_by_less_than_1e_4(kept, whole, model):
     generator = torch.Generator().manual_seed(0)
     images, text_embed = torch.randn(6, 3, 32, 32, generator=generator), torch.randn(6, 128, generator=generator)
-    exact, stored = Trajectory(expert_of(whole)).snapshot, Trajectory(expert_of(kept)).snapshot
-    for lr in (1e-4, 1e-3):
-        loss, change = matching_change(model, exact, stored, (0, 1), images, text_embed, 4, lr)
-        assert loss > 2 and change < 1e-4  # 2 is a student that stays put
-    loss, change = matching_change(model, exact, stored, (0, 1), images, text_embed, 4, 1e-2)
-    assert loss > 20 and change < 1e-4 * loss  # a student that went far astray: in proportion
+    experts = [Trajectory(expert_of(folder)).snapshot for folder in (whole, kept)]
+    batches = [torch.arange(6)] * 4
+
+    def losses(epoch, lr):
+        pairs = Pairs(images, text_embed, torch.tensor(lr), torch.tensor(lr))
+        for snapshot in experts:
+            start, target = snapshot(epoch), snapshot(epoch + 1)
+            yield matching_gradient(StudentLoss(model, 0.07), start, target, pairs, batches, 0).loss.item()
+
+    for epoch in (0, 1):
+        for lr in (1e-4, 1e-3):
+            exact, stored = losses(epoch, lr)
+            assert exact > 2 and abs(stored - exact) < 1e-4  # 2 is a student that stays put
+        exact, stored = losses(epoch, 1e-2)
+        assert exact > 20 and abs(stored - exact) < 1e-4 * exact  # a student that went far astray: in proportion
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-44, 1e-30, 1.0, 1e30])
@@ -150,33 +132,33 @@ def test_differences_of_any_size(tmp_path, factor):
     assert (stored - later).abs().max() <= 2.0**-11 * factor + 1e-45
 
 
-def test_experts_of_a_folder_share_the_start_of_the_image_tower(train, tmp_path, capsys):
-    assert train(tmp_path, "--num_experts", 2, "--train_epochs", 1) == 0
+def test_experts_of_a_folder_share_the_start_of_the_image_tower(run_buffer, tmp_path, capsys):
+    assert run_buffer(tmp_path, "--num_experts", 2, "--train_epochs", 1) == 0
     first, second = (Trajectory(expert_of(tmp_path, n)) for n in range(2))
     (start,) = first.path.parent.glob("start_*")
     assert "0/image_encoder.model.stem.conv1.weight" in first.handles
     assert all(torch.equal(v, second.snapshot(0)[n]) for n, v in first.snapshot(0).items() if n[0] == "i")
     written = start.stat().st_mtime_ns
-    assert train(tmp_path, "--num_experts", 3, "--train_epochs", 1) == 0
+    assert run_buffer(tmp_path, "--num_experts", 3, "--train_epochs", 1) == 0
     assert start.stat().st_mtime_ns == written
     content = start.read_bytes()
     start.write_bytes(content[:-10])
-    assert str(start) in error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    assert str(start) in error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     start.unlink()
-    line = error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    line = error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     assert str(first.path) in line and start.name in line
     for path in (first.path, second.path, expert_of(tmp_path, 2)):
         path.unlink()
     start.write_bytes(content[:-10])  # damaged and needed: written again
-    assert train(tmp_path, "--num_experts", 1, "--train_epochs", 1) == 0
+    assert run_buffer(tmp_path, "--num_experts", 1, "--train_epochs", 1) == 0
     assert start.stat().st_size == len(content)
     assert Trajectory(first.path).shapes()
 
 
-def test_start_of_other_weights_is_refused(kept, train, match, tmp_path, capsys):
+def test_start_of_other_weights_is_refused(kept, run_buffer, match, tmp_path, capsys):
     shutil.copytree(kept, tmp_path / "b")
     other = tmp_path / "o"
-    assert train(other, "--num_experts", 1, "--train_epochs", 1, "--no_image_pretrained") == 0
+    assert run_buffer(other, "--num_experts", 1, "--train_epochs", 1, "--no_image_pretrained") == 0
     (start,) = expert_of(tmp_path / "b").parent.glob("start_*")
     tensors = {f"0/{n}": v for n, v in Trajectory(expert_of(other)).snapshot(0).items() if n.startswith("image")}
     save_trajectory(other / "e.safetensors", [{n[2:]: v + 1 for n, v in tensors.items()}], {}, [], shares_start=True)
@@ -185,9 +167,9 @@ def test_start_of_other_weights_is_refused(kept, train, match, tmp_path, capsys)
     assert str(start) in error_line(capsys, match, tmp_path / "b", tmp_path / "r")
 
 
-def test_random_starts_are_not_shared(tiny_argv, train, tmp_path):
+def test_random_starts_are_not_shared(tiny_argv, tmp_path):
     checkpoint = tiny_argv.index("--image_checkpoint")
-    argv = [*tiny_argv[:checkpoint], *tiny_argv[checkpoint + 2 :], "--no_image_pretrained", *QUICK]
+    argv = [*tiny_argv[:checkpoint], *tiny_argv[checkpoint + 2 :], "--no_image_pretrained", *QUICK_BUFFER]
     argv += ["--num_experts", "2", "--train_epochs", "1", "--buffer_path", str(tmp_path)]
     assert buffer.main(argv) == 0
     assert not list(tmp_path.rglob("start_*"))
@@ -223,13 +205,13 @@ def test_save_runs_beside_and_its_error_comes_back():
     assert done == [1]
 
 
-def test_full_disk_is_one_line_and_leaves_no_file(train, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_one_line_and_leaves_no_file(run_buffer, tmp_path, capsys, monkeypatch):
     def fail(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.files.save_file", fail)
-    line = error_line(capsys, train, tmp_path, "--num_experts", 3, "--train_epochs", 1)
+    line = error_line(capsys, run_buffer, tmp_path, "--num_experts", 3, "--train_epochs", 1)
     assert "No space left" in line
     assert [path.name for path in expert_of(tmp_path).parent.iterdir()] == ["metrics.jsonl"]
 
@@ -248,7 +230,5 @@ def test_an_expert_that_is_not_finite_is_named(experts, run_distill, tmp_path, c
             tensors[key] = torch.full(tensor.shape, value)
     broken.unlink()
     save_file(tensors, broken, metadata)
-    capsys.readouterr()
-    assert run_distill(tmp_path / "r", "--Iteration", 2, "--buffer_path", tmp_path / "b") == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    line = error_line(capsys, run_distill, tmp_path / "r", "--Iteration", 2, "--buffer_path", tmp_path / "b")
     assert line.startswith("error: expert ") and broken.name in line and "not finite" in line

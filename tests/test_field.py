@@ -35,12 +35,13 @@ def table(tiny_argv, experts, tmp_path_factory, calls):
 
     def start(*more):
         own = ["--output", str(output), "--pairs", "6", "--seconds", "0.01", "--num_eval", "1", *more]
-        field.main([*own, "--", *shared])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(field, "run", run)
+            patch.setattr(field, "PROTOCOL", {"epoch_eval_train": 2, "batch_train": 128})
+            field.main([*own, "--", *shared])
         return output
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(field, "run", run)
-        yield start
+    return start
 
 
 ONE = "--recipes", "lors", "wu2024", "--gradients", "exact", "--seeds", "0"

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks import picture_pairs
-from data.errors import InputError
+from tests.programs import input_error
 from utils import files
 from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
 from utils.files import open_tensors, save_tensors
@@ -42,13 +40,6 @@ def write_expert(root, number=0, settings=SETTINGS):
 def find(root, **kwargs):
     settings = SETTINGS | kwargs.pop("settings", {})
     return find_trajectories(root, settings, draw_snapshots(9)[0], **kwargs)
-
-
-def error_line(call, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- trajectories
@@ -82,7 +73,7 @@ def test_experts_are_found_from_both_folders_in_order(tmp_path):
 
 
 def test_no_expert_names_the_folders_tried(tmp_path):
-    line = error_line(find, tmp_path)
+    line = input_error(find, tmp_path)
     assert str(tmp_path / "tiny" / "test_vit" / "a--b") in line and f"{tmp_path}," in line.replace(")", ",")
     assert "buffer.py" in line
 
@@ -94,7 +85,7 @@ def test_no_expert_names_the_folders_tried(tmp_path):
 )
 def test_expert_of_other_settings_is_refused(tmp_path, key, value):
     folder = write_expert(tmp_path).parent
-    line = error_line(find, folder, settings={key: value})
+    line = input_error(find, folder, settings={key: value})
     assert f"{key}={SETTINGS[key]}" in line and f"{key}={value}" in line
 
 
@@ -105,7 +96,7 @@ def test_expert_of_other_settings_is_refused(tmp_path, key, value):
 )
 def test_expert_of_another_model_is_refused(tmp_path, parameters):
     path = write_expert(tmp_path)
-    assert str(path) in error_line(find_trajectories, tmp_path, SETTINGS, parameters)
+    assert str(path) in input_error(find_trajectories, tmp_path, SETTINGS, parameters)
 
 
 @pytest.mark.parametrize("length", [0, 5, 60, 300])
@@ -114,7 +105,7 @@ def test_truncated_expert(tmp_path, length):
     content = path.read_bytes()
     assert length < len(content)
     path.write_bytes(content[:length])
-    line = error_line(find, tmp_path)
+    line = input_error(find, tmp_path)
     assert str(path) in line and "damaged" in line
 
 
@@ -159,7 +150,7 @@ def test_large_finite_values_are_finite(tmp_path):
     assert equal(find(tmp_path)[0].snapshot(1), snapshots[1])
     snapshots[1][next(iter(snapshots[1]))].view(-1)[0] = math.nan
     write_released(tmp_path, 0, [snapshots])
-    assert "not finite" in error_line(find(tmp_path)[0].snapshot, 1)
+    assert "not finite" in input_error(find(tmp_path)[0].snapshot, 1)
 
 
 def test_released_layout_lies_where_the_released_script_wrote_it(tmp_path):
@@ -172,17 +163,17 @@ def test_released_layout_lies_where_the_released_script_wrote_it(tmp_path):
 def test_released_layout_damaged_incomplete_or_of_another_model(tmp_path):
     write_released(tmp_path, 0, [draw_snapshots(0)])
     image_path, text_path = (tmp_path / f"{tower}_replay_buffer_0.pt" for tower in ("img", "txt"))
-    line = error_line(
+    line = input_error(
         find_trajectories, tmp_path, SETTINGS, {**draw_snapshots(0)[0], "text_projection.b": torch.ones(1)}
     )
     assert str(image_path) in line
     content = image_path.read_bytes()
     for damaged in (b"", b"nonsense", content[: len(content) // 2]):
         image_path.write_bytes(damaged)
-        assert str(image_path) in error_line(find, tmp_path)
+        assert str(image_path) in input_error(find, tmp_path)
     image_path.write_bytes(content)
     text_path.unlink()
-    assert text_path.name in error_line(find, tmp_path)
+    assert text_path.name in input_error(find, tmp_path)
 
 
 # ---- sets of pairs
@@ -223,21 +214,21 @@ def test_synset_in_channels_last_keeps_its_values(tmp_path, synset):
 
 def test_file_that_is_not_a_synset(tmp_path, synset):
     path = tmp_path / "set.safetensors"
-    assert f"{path} does not exist" in error_line(load_synset, path)
+    assert f"{path} does not exist" in input_error(load_synset, path)
     for content in (b"", b"nonsense" * 20):
         path.write_bytes(content)
-        assert f"{path} is damaged" in error_line(load_synset, path)
+        assert f"{path} is damaged" in input_error(load_synset, path)
     save_file({"a": torch.ones(1)}, path)
-    assert f"{path} is not a set of pairs" in error_line(load_synset, path)
+    assert f"{path} is not a set of pairs" in input_error(load_synset, path)
     expert = write_expert(tmp_path)
-    assert f"{expert} is not a set of pairs" in error_line(load_synset, expert)
+    assert f"{expert} is not a set of pairs" in input_error(load_synset, expert)
     save_synset(path, synset)
     path.write_bytes(path.read_bytes()[:-10])
-    assert f"{path} is damaged" in error_line(load_synset, path)
+    assert f"{path} is damaged" in input_error(load_synset, path)
 
 
 def test_folder_instead_of_a_file(tmp_path):
-    assert str(tmp_path) in error_line(load_synset, tmp_path)
+    assert str(tmp_path) in input_error(load_synset, tmp_path)
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(3, 10, 1), (3, 2, 2)])
@@ -272,19 +263,7 @@ def test_before_and_after_shows_both_and_the_change(synset):
 
 def test_before_and_after_of_two_runs(synset):
     other = replace(synset, image_syn=torch.zeros(3, 3, 4, 4))
-    assert "(3, 3, 8, 8) and (3, 3, 4, 4)" in error_line(before_and_after, synset, other)
-
-
-def test_command_that_pictures_pairs(tmp_path, synset, capsys):
-    sets = [str(tmp_path / name) for name in ("first.safetensors", "last.safetensors")]
-    save_synset(sets[0], synset)
-    save_synset(sets[1], replace(synset, image_syn=synset.image_syn + 1))
-    assert picture_pairs.main([*sets, str(tmp_path / "new/pairs.png"), "--count", "1"]) == 0
-    with Image.open(tmp_path / "new/pairs.png") as page:
-        assert page.format == "PNG" and page.width == 144 + 2 * 8
-    assert picture_pairs.main([*sets, str(tmp_path)]) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and str(tmp_path) in error[0]
+    assert "(3, 3, 8, 8) and (3, 3, 4, 4)" in input_error(before_and_after, synset, other)
 
 
 # ---- writing whole or not at all
@@ -303,7 +282,7 @@ def test_full_disk_leaves_the_previous_file_and_no_other(tmp_path, monkeypatch, 
     save_synset(path, synset)
     before = path.read_bytes()
     fill_disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    line = error_line(save_synset, path, synset)
+    line = input_error(save_synset, path, synset)
     assert str(path) in line and "No space left" in line
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["set.safetensors"]
@@ -322,7 +301,7 @@ def test_interrupted_save_leaves_the_previous_file_and_no_other(tmp_path, monkey
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    line = error_line(save_tensors, tmp_path / "file" / "set.safetensors", {"a": torch.ones(1)}, {})
+    line = input_error(save_tensors, tmp_path / "file" / "set.safetensors", {"a": torch.ones(1)}, {})
     assert str(tmp_path / "file") in line
 
 
@@ -341,7 +320,7 @@ def test_metadata_of_any_json_value(tmp_path):
 def test_expert_without_metadata(tmp_path, key):
     path = write_expert(tmp_path)
     drop_metadata(path, key)
-    assert error_line(find, tmp_path) == f"expert trajectory {path} lacks {key}; make it again"
+    assert input_error(find, tmp_path) == f"expert trajectory {path} lacks {key}; make it again"
 
 
 @pytest.mark.parametrize("key", ["captions", "mean", "std", "settings"])
@@ -349,12 +328,12 @@ def test_set_without_metadata(tmp_path, synset, key):
     path = tmp_path / "set.safetensors"
     save_synset(path, synset)
     drop_metadata(path, key)
-    assert error_line(load_synset, path) == f"set of pairs {path} lacks {key}; make it again"
+    assert input_error(load_synset, path) == f"set of pairs {path} lacks {key}; make it again"
 
 
 def test_set_without_a_tensor(tmp_path):
     save_tensors(tmp_path / "s", {"image_syn": torch.ones(1)}, {"kind": "set of pairs"})
-    line = error_line(load_synset, tmp_path / "s")
+    line = input_error(load_synset, tmp_path / "s")
     assert "captions, mean, std, settings, syn_lr_img, syn_lr_txt, text_syn" in line
 
 
@@ -386,7 +365,7 @@ def test_set_without_a_tensor(tmp_path):
 )
 def test_set_whose_parts_do_not_fit(tmp_path, synset, changes, words):
     save_synset(tmp_path / "set.safetensors", replace(synset, **changes))
-    line = error_line(load_synset, tmp_path / "set.safetensors")
+    line = input_error(load_synset, tmp_path / "set.safetensors")
     assert f"set of pairs {tmp_path / 'set.safetensors'} is not whole" in line and words in line
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import coreset
+from tests.programs import error_line
 from utils.report.words import describe
 from utils.sets import load_synset, save_synset
 
@@ -25,13 +26,6 @@ def prototypes(tiny_argv, tmp_path_factory):
 
 def first(folder):
     return load_synset(folder / "iteration_000000.safetensors")
-
-
-def error_line(capsys, run, *argv):
-    capsys.readouterr()
-    assert run(*argv) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_kmeans_starts_from_the_coreset_of_that_name(distil, prototypes, tmp_path):

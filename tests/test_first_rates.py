@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.programs import error_line
 from tests.unroll import Problem, unroll_gradient
 from utils.matching import fit_first_rates
 from utils.matching.first_rates import MARGIN, RATES
@@ -62,7 +63,5 @@ def test_a_run_starts_with_them_and_can_be_resumed(run_distill, tmp_path, capsys
 
 
 def test_a_rate_is_a_number_or_fit(run_distill, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_distill(tmp_path / "run", "--lr_teacher_img", "fits")
-    assert ended.value.code == 2
-    assert "--lr_teacher_img: 'fits' is not a number; give a number above 0 or fit" in capsys.readouterr().err
+    line = error_line(capsys, run_distill, tmp_path / "run", "--lr_teacher_img", "fits")
+    assert "--lr_teacher_img: 'fits' is not a number; give a number above 0 or fit" in line

@@ -14,7 +14,8 @@ from data.transforms import normalize
 from networks.clip_model import ModelFactory, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.loss import PairLoss
-from tests.test_scripts import TENSORS, same_set, stderr_line, table_rows
+from tests.programs import error_line, table
+from tests.test_scripts import TENSORS, same_set
 from utils.experts import Trajectory
 from utils.scoring import (
     EmbedLoader,
@@ -169,15 +170,15 @@ def test_chunks_of_pictures_change_nothing(heads_run, run_heads, tmp_path):
 
 
 def test_experts_over_other_frozen_weights_are_refused(run_heads, tmp_path, capsys):
-    line = stderr_line(capsys, run_heads, tmp_path / "r", "--image_checkpoint", save_other_weights(tmp_path))
+    line = error_line(capsys, run_heads, tmp_path / "r", "--image_checkpoint", save_other_weights(tmp_path))
     assert "other frozen weights" in line and "--image_checkpoint" in line
     assert not (tmp_path / "r").exists()
 
 
 def test_experts_of_another_kind_are_named(run_heads, run_distill, heads_buffer, experts, tmp_path, capsys):
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--buffer_path", heads_buffer)
+    line = error_line(capsys, run_distill, tmp_path / "r", "--buffer_path", heads_buffer)
     assert "was trained with image_trainable=False, this run has image_trainable=True" in line
-    line = stderr_line(capsys, run_heads, tmp_path / "r", "--buffer_path", experts)
+    line = error_line(capsys, run_heads, tmp_path / "r", "--buffer_path", experts)
     assert "was trained with image_trainable=True, this run has image_trainable=False" in line
 
 
@@ -214,11 +215,11 @@ def test_heads_over_a_model_of_torchvision(run_buffer, run_distill, tmp_path):
 
 
 def test_pictures_cache_has_no_use_for_a_frozen_encoder(run_buffer, tmp_path, capsys):
-    assert "--cache_images" in stderr_line(capsys, run_buffer, tmp_path, *HEADS, "--cache_images")
+    assert "--cache_images" in error_line(capsys, run_buffer, tmp_path, *HEADS, "--cache_images")
 
 
 def test_views_have_no_use_for_an_encoder_that_trains(run_buffer, tmp_path, capsys):
-    assert "--image_trainable False" in stderr_line(capsys, run_buffer, tmp_path, "--aug_views", 2)
+    assert "--image_trainable False" in error_line(capsys, run_buffer, tmp_path, "--aug_views", 2)
 
 
 # ---- evaluation on features
@@ -255,10 +256,10 @@ def test_evaluation_on_features_equals_evaluation_through_the_encoder(heads_run,
 def test_sets_learned_with_heads_train_whole_networks(heads_run, capsys):
     argv = ["--synset", str(heads_run / "last.safetensors"), "--num_eval", "1"]
     assert evaluate.main(argv) == 0
-    ((*_, heads),) = [row[:5] for row in table_rows(capsys.readouterr().out)]
+    ((*_, heads),) = [row[:5] for row in table(capsys.readouterr().out)[1]]
     assert heads == "projections alone"
     assert evaluate.main([*argv, "--image_trainable", "True", "--only_has_image_projection", "False"]) == 0
-    ((*_, whole),) = [row[:5] for row in table_rows(capsys.readouterr().out)]
+    ((*_, whole),) = [row[:5] for row in table(capsys.readouterr().out)[1]]
     assert whole == "whole image encoder"
 
 

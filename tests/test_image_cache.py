@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-import buffer
 from data import image_cache
 from data.augment import Augment, cached_side
 from data.errors import InputError
 from data.image_cache import cache_images
 from data.pairs import load_images
+from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path
 
 
@@ -153,12 +153,12 @@ def test_operations_keep_batches_and_singles_alike():
 
 # ---- buffer.py --cache_images
 
-QUICK = ["--cache_images", "--num_experts", "1", "--train_epochs", "1", "--batch_size_train", "60"]
-QUICK += ["--lr_teacher_img", "0.01", "--disabled_wandb"]
 
-
-def train(tiny_argv, folder, *more):
-    return buffer.main([*tiny_argv, *QUICK, "--buffer_path", str(folder), *map(str, more)])
+@pytest.fixture
+def train(run_buffer):
+    """buffer.py with cached pictures, for an epoch."""
+    quick = "--cache_images", "--num_experts", 1, "--train_epochs", 1
+    return lambda folder, *more: run_buffer(folder, *quick, *more)
 
 
 def last_snapshot(folder):
@@ -170,32 +170,31 @@ def same(left, right):
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_cached_training_does_not_depend_on_workers(tiny_argv, tmp_path, capsys):
+def test_cached_training_does_not_depend_on_workers(train, tmp_path, capsys):
     for workers in (0, 2):
         argv = ["--cache_dir", tmp_path / "c", "--num_workers", workers]
-        assert train(tiny_argv, tmp_path / f"b{workers}", *argv) == 0
+        assert train(tmp_path / f"b{workers}", *argv) == 0
     assert capsys.readouterr().out.count("caching 24 pictures of 37 px") == 1
     assert same(last_snapshot(tmp_path / "b0"), last_snapshot(tmp_path / "b2"))
 
 
-def test_without_augmentation_the_cache_changes_nothing(tiny_argv, tmp_path):
-    assert train(tiny_argv, tmp_path / "cached", "--no_aug", "--cache_dir", tmp_path / "c") == 0
-    assert train(tiny_argv, tmp_path / "decoded", "--no_aug", "--cache_images=false") == 0
+def test_without_augmentation_the_cache_changes_nothing(train, tmp_path):
+    assert train(tmp_path / "cached", "--no_aug", "--cache_dir", tmp_path / "c") == 0
+    assert train(tmp_path / "decoded", "--no_aug", "--cache_images=false") == 0
     assert same(last_snapshot(tmp_path / "cached"), last_snapshot(tmp_path / "decoded"))
 
 
-def test_augmentation_on_the_device(tiny_argv, tmp_path, monkeypatch):
+def test_augmentation_on_the_device(train, tmp_path, monkeypatch):
     """As on a GPU: the loader gives squares as they are cached, and the batch is augmented."""
     seen = []
     monkeypatch.setattr("utils.setup.data.augments_on", lambda device: True)
     call = Augment.__call__
     monkeypatch.setattr(Augment, "__call__", lambda self, images: (seen.append(images.shape), call(self, images))[1])
-    assert train(tiny_argv, tmp_path / "b", "--cache_dir", tmp_path / "c") == 0
+    assert train(tmp_path / "b", "--cache_dir", tmp_path / "c") == 0
     assert seen == [(60, 3, 37, 37), (60, 3, 37, 37)]
 
 
-def test_experts_with_and_without_the_cache_do_not_mix(tiny_argv, tmp_path, capsys):
-    assert train(tiny_argv, tmp_path / "b", "--cache_dir", tmp_path / "c") == 0
-    capsys.readouterr()
-    assert train(tiny_argv, tmp_path / "b", "--num_experts", 2, "--cache_images=false") == 2
-    assert "cache_images=True" in capsys.readouterr().err
+def test_experts_with_and_without_the_cache_do_not_mix(train, tmp_path, capsys):
+    assert train(tmp_path / "b", "--cache_dir", tmp_path / "c") == 0
+    more = "--num_experts", 2, "--cache_images=false"
+    assert "cache_images=True" in error_line(capsys, train, tmp_path / "b", *more)

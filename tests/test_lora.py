@@ -15,15 +15,16 @@ from torch.nn.utils import parametrize
 import buffer
 import distill
 import evaluate
-from data.demo import make_demo
 from data.errors import InputError
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, count_parameters, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, LowRankUpdate, add_lora, base_digest, find_layers
 from networks.loss import PairLoss
+from tests.programs import error_line
+from tests.unroll import check_chunks
 from utils.experts.trajectory import Trajectory, find_trajectories
 from utils.sets import Pairs
-from utils.student import StudentLoss, matching_gradient
+from utils.student import StudentLoss
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
@@ -184,41 +185,18 @@ def test_outer_gradient_is_that_of_the_full_unroll(name):
     start = {n: v + 0.1 * torch.randn_like(v) for n, v in start.items()}
     target = {n: v + 0.01 * torch.randn_like(v) for n, v in start.items()}
     values = torch.randn(6, 3, 32, 32), torch.randn(6, 5), torch.tensor(0.02), torch.tensor(0.05)
+    pairs = Pairs(*(value.double() for value in values))
     batches = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5]), torch.tensor([5, 0, 1, 4])]
-    loss_fn = StudentLoss(model)
-    pairs = Pairs(*(v.double() for v in values))
-    matching = matching_gradient(loss_fn, start, target, pairs, batches, 0)
-
-    images, texts, lr_img, lr_txt = leaves = [v.double().requires_grad_() for v in values]
-    params = {n: v.clone().requires_grad_() for n, v in start.items()}
-    for batch in batches:
-        grads = torch.autograd.grad(loss_fn(params, images[batch], texts[batch]), params.values(), create_graph=True)
-        rates = [lr_img if n.startswith("image_encoder.") else lr_txt for n in params]
-        params = {n: p - r * g for (n, p), r, g in zip(params.items(), rates, grads, strict=True)}
-    loss = 0
-    for prefix in ("image_encoder.", "text_projection."):
-        names = [n for n in params if n.startswith(prefix)]
-        far = sum(((start[n] - target[n]) ** 2).sum() for n in names)
-        loss = loss + sum(((params[n] - target[n]) ** 2).sum() for n in names) / far
-    torch.testing.assert_close(matching.loss, loss.detach(), rtol=1e-10, atol=0)
-    for got, exact in zip(matching.gradient.tensors(), torch.autograd.grad(loss, leaves), strict=True):
-        assert exact.norm() > 0
-        assert (got - exact).norm() <= 1e-10 * exact.norm()
+    check_chunks((StudentLoss(model), start, target, pairs, batches, 0), None)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A drawn data set under another name, a checkpoint of test_vit, and a buffer of two LoRA experts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    root = folder / "data"
-    make_demo(root, num_train=24, num_val=8, num_test=8, image_size=32)
-    for split in ("train", "val", "test"):
-        (root / f"demo_{split}.json").rename(root / f"tiny_{split}.json")
+def tiny(tiny_argv, tmp_path_factory):
+    """Flags of the tiny data with a checkpoint of test_vit, and a buffer of two LoRA experts."""
+    folder = tmp_path_factory.mktemp("lora")
     save_file(build("test_vit").model.state_dict(), folder / "vit.safetensors")
-    flags = ["--dataset", "tiny", "--image_root", str(root), "--ann_root", str(root), "--image_size", "32"]
-    flags += ["--image_encoder", "test_vit", "--image_checkpoint", str(folder / "vit.safetensors")]
-    flags += ["--text_encoder", "demo", "--text_pooling", "mean", "--cache_dir", str(folder / "cache")]
-    flags += ["--num_workers", "0", "--device", "cpu", "--buffer_path", str(folder / "buffers")]
+    flags = [*tiny_argv, "--image_encoder", "test_vit", "--image_checkpoint", str(folder / "vit.safetensors")]
+    flags += ["--buffer_path", str(folder / "buffers")]
     assert run(buffer, flags, *EXPERTS, "--num_experts", "2", "--lora_rank", "2", "--lora_alpha", "4") == 0
     return folder, flags
 
@@ -277,9 +255,7 @@ def test_mismatches_are_one_line(tiny, tmp_path, capsys):
     folder, flags = tiny
 
     def error(script, *more):
-        assert run(script, flags, *more) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        return lines[-1]
+        return error_line(capsys, run, script, flags, *more)
 
     go = (*DISTILL, "--save_dir", str(tmp_path / "run"))
     assert "was trained with lora_rank=2, this run has lora_rank=3" in error(distill, *go, "--lora_rank", "3")
@@ -302,8 +278,8 @@ def test_buffers_of_several_kinds(tiny, tmp_path, capsys):
     short = (*EXPERTS, "--num_experts", "1", "--train_epochs", "1")
     go = (*DISTILL, "--max_start_epoch", "1", "--save_dir")
     assert run(buffer, flags, *short) == 0
-    assert run(distill, flags, *go, str(tmp_path / "run"), "--lora_rank", "2") == 2
-    assert "trained whole, this run trains adapters of rank 2" in capsys.readouterr().err
+    line = error_line(capsys, run, distill, flags, *go, str(tmp_path / "run"), "--lora_rank", "2")
+    assert "trained whole, this run trains adapters of rank 2" in line
     assert run(buffer, flags, *short, "--lora_rank", "1") == 0
     assert run(buffer, flags, *short, "--lora_rank", "2", "--lora_layers", "all") == 0
     for rank, trains in ((None, "whole image encoder"), (2, "adapters of rank 2 on all")):
@@ -312,8 +288,8 @@ def test_buffers_of_several_kinds(tiny, tmp_path, capsys):
         assert f"training {trains}:" in capsys.readouterr().out
     whole = tmp_path / "buffers/tiny/test_vit"
     whole.rename(tmp_path / "moved")
-    assert run(distill, flags, *go, str(tmp_path / "run")) == 2
-    assert "several ranks (test_vit_lora1, test_vit_lora2); give --lora_rank" in capsys.readouterr().err
+    line = error_line(capsys, run, distill, flags, *go, str(tmp_path / "run"))
+    assert "several ranks (test_vit_lora1, test_vit_lora2); give --lora_rank" in line
     direct = [*flags, "--buffer_path", str(tmp_path / "buffers/tiny/test_vit_lora1/demo")]
     assert run(distill, direct, *go, str(tmp_path / "run1")) == 0
     assert "training adapters of rank 1 on attn:" in capsys.readouterr().out
@@ -336,10 +312,7 @@ def test_adapters_need_their_settings(tiny):
     ],
 )
 def test_flag_errors(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        buffer.parse_args(flags)
-    error = capsys.readouterr().err
-    assert message in error and len(error.strip().splitlines()) == 1
+    assert message in error_line(capsys, buffer.parse_args, flags)
 
 
 def test_alpha_defaults_to_the_rank():

@@ -50,8 +50,7 @@ def test_guarded_frees_what_the_failed_call_held():
 
 
 @pytest.mark.parametrize(
-    ("flags", "advice"),
-    [(["--pair_chunk", 4], "--pair_chunk 2"), (["--pair_chunk", 3], " 1"), (["--pair_chunk", 9], " 2")],
+    ("flags", "advice"), [(["--pair_chunk", 3], "--pair_chunk 1"), (["--pair_chunk", 9], "--pair_chunk 2")]
 )
 def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, capsys, monkeypatch, flags, advice):
     """Batches of 4 pairs; memory runs out in the second iteration."""
@@ -64,7 +63,7 @@ def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, cap
     monkeypatch.setattr(distill, "mean_matching", second_is_full)
     assert run_distill(tmp_path / "run", "--Iteration", 4, *flags) == 2
     out, err = capsys.readouterr()
-    assert err.strip().splitlines()[-1] == f"error: CUDA is out of memory; give --pair_chunk {advice.split()[-1]}"
+    assert err.strip().splitlines()[-1] == f"error: CUDA is out of memory; give {advice}"
     assert "last good set is" in out and "stopped at iteration 1" in out
     assert (tmp_path / "run/last.safetensors").exists()
     monkeypatch.undo()
@@ -80,14 +79,22 @@ def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, cap
         "CUDA error: out of memory",
     ],
 )
-def test_a_chunk_that_was_not_given_is_halved_and_tried_again(run_distill, tmp_path, capsys, monkeypatch, text):
+def test_full_memory_has_many_names(text):
+    def fail():
+        raise RuntimeError(text)
+
+    with pytest.raises(OutOfMemory):
+        guarded(fail, str)
+
+
+def test_a_chunk_that_was_not_given_is_halved_and_tried_again(run_distill, tmp_path, capsys, monkeypatch):
     """Four pairs fail, two do not; then the run is that of --pair_chunk 2 from the failed iteration on."""
     real, sizes = distill.mean_matching, []
 
     def four_do_not_fit(*args, pair_chunk, **student):
         sizes.append(pair_chunk)
         if pair_chunk is None and len(sizes) == 2:
-            raise RuntimeError(text)
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
         return real(*args, pair_chunk=pair_chunk, **student)
 
     monkeypatch.setattr(distill, "mean_matching", four_do_not_fit)

@@ -14,21 +14,13 @@ import transformers
 from safetensors.torch import save_file
 from torchvision import models
 
-from data.errors import InputError
 from networks import image_encoder, text_encoder
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
 from networks.derivatives.activations import Hardsigmoid, SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
 from networks.loss import PairLoss
 from networks.text_encoder import TextEncoder
-
-
-def error_line(call, *args, **kwargs):
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.programs import input_error
 
 # ---- image encoders
 
@@ -49,17 +41,17 @@ def test_encoder_by_name_gives_pooled_features(name, width):
 
 def test_kwargs_reach_timm():
     assert build_image_encoder("test_vit", 32, pretrained=False, kwargs={"embed_dim": 32}).width == 32
-    assert "embed_dimm" in error_line(build_image_encoder, "test_vit", 32, False, kwargs={"embed_dimm": 32})
+    assert "embed_dimm" in input_error(build_image_encoder, "test_vit", 32, False, kwargs={"embed_dimm": 32})
 
 
 def test_unknown_encoder_offers_near_names():
-    line = error_line(build_image_encoder, "nf_resnet5", 32)
+    line = input_error(build_image_encoder, "nf_resnet5", 32)
     assert "nf_resnet5" in line and "did you mean" in line and "nf_resnet50" in line
-    assert "timm.list_models" in error_line(build_image_encoder, "?!", 32)
+    assert "timm.list_models" in input_error(build_image_encoder, "?!", 32)
 
 
 def test_size_that_the_model_refuses():
-    line = error_line(build_image_encoder, "test_vit", 30, pretrained=False)
+    line = input_error(build_image_encoder, "test_vit", 30, pretrained=False)
     assert "30" in line and "--image_size" in line
 
 
@@ -120,24 +112,24 @@ def test_a_part_that_is_no_classifier_is_not_left_out(tmp_path):
     state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
     path = tmp_path / "weights.safetensors"
     save_file({**state, "neck.weight": torch.zeros(2)}, path)
-    assert "neck.weight" in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert "neck.weight" in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
 
 
 @pytest.mark.parametrize("name", ["test_nfnet", "test_efficientnet"])
 def test_pictures_of_less_than_one_cell_are_refused(name):
-    assert "--image_size 1 is less than one cell" in error_line(build_image_encoder, name, 1, False)
+    assert "--image_size 1 is less than one cell" in input_error(build_image_encoder, name, 1, False)
     build_image_encoder(name, 32, False)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_wrong_checkpoints(tmp_path, ending):
     path = tmp_path / f"weights.{ending}"
-    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert str(path) in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     path.write_bytes(b"not weights at all")
-    assert str(path) in error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    assert str(path) in input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     state = timm.create_model("test_nfnet", num_classes=0).state_dict()
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
-    line = error_line(build_image_encoder, "test_vit", 32, checkpoint=str(path))
+    line = input_error(build_image_encoder, "test_vit", 32, checkpoint=str(path))
     assert str(path) in line and "test_vit" in line
 
 
@@ -214,7 +206,7 @@ def test_checkpoint_of_torchvisions_model_without_classifier(tmp_path, capsys):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], value) for name, value in state.items())
     assert capsys.readouterr().out == ""
     save_file({**state, "neck.weight": torch.zeros(2)}, path)
-    assert "neck.weight" in error_line(build_image_encoder, "torchvision:squeezenet1_1", 32, checkpoint=str(path))
+    assert "neck.weight" in input_error(build_image_encoder, "torchvision:squeezenet1_1", 32, checkpoint=str(path))
 
 
 OF_FAMILIES = {
@@ -238,26 +230,26 @@ def test_models_of_one_size_are_built_for_it():
     with torch.device("meta"):
         encoder = build_image_encoder("torchvision:vit_b_32", 64, pretrained=False)
     assert encoder.model.image_size == 64
-    assert "patch size" in error_line(build_image_encoder, "torchvision:vit_b_32", 63, False)
+    assert "patch size" in input_error(build_image_encoder, "torchvision:vit_b_32", 63, False)
 
 
 def test_kwargs_reach_torchvision():
     encoder = build_image_encoder("torchvision:resnet18", 32, pretrained=False, kwargs={"zero_init_residual": True})
     assert encoder.model.layer1[0].bn2.weight.abs().sum() == 0
-    line = error_line(build_image_encoder, "torchvision:resnet18", 32, True, kwargs={"zero_init_rest": True})
+    line = input_error(build_image_encoder, "torchvision:resnet18", 32, True, kwargs={"zero_init_rest": True})
     assert "zero_init_rest" in line and "--image_kwargs" in line
 
 
 def test_unknown_model_of_torchvision_offers_near_names():
-    line = error_line(build_image_encoder, "torchvision:squeezenet_1_1", 32)
+    line = input_error(build_image_encoder, "torchvision:squeezenet_1_1", 32)
     assert "unknown image encoder 'torchvision:squeezenet_1_1'; did you mean torchvision:squeezenet1_1" in line
-    assert "torchvision.models.list_models" in error_line(build_image_encoder, "torchvision:?!", 32)
-    assert "unknown" in error_line(build_image_encoder, "torchvision:fcn_resnet50", 32)  # it segments pictures
+    assert "torchvision.models.list_models" in input_error(build_image_encoder, "torchvision:?!", 32)
+    assert "unknown" in input_error(build_image_encoder, "torchvision:fcn_resnet50", 32)  # it segments pictures
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 def test_pictures_too_small_for_torchvisions_model(name):
-    line = error_line(build_image_encoder, f"torchvision:{name}", 16, False)
+    line = input_error(build_image_encoder, f"torchvision:{name}", 16, False)
     assert "--image_size 16 does not suit" in line and f"torchvision:{name}" in line and "larger" in line
     build_image_encoder(f"torchvision:{name}", 17, False)
 
@@ -268,7 +260,7 @@ def test_weights_of_torchvision_that_cannot_be_had(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    line = error_line(build_image_encoder, "torchvision:resnet18", 32)
+    line = input_error(build_image_encoder, "torchvision:resnet18", 32)
     assert "no network" in line and "--image_checkpoint" in line
 
 
@@ -281,7 +273,7 @@ def test_weights_of_torchvision_that_cannot_be_had(monkeypatch, tmp_path):
 )
 def test_a_model_that_does_not_end_in_a_classifier(model, words, monkeypatch):
     monkeypatch.setattr(models, "get_model", lambda *args, **kwargs: model)
-    line = error_line(build_image_encoder, "torchvision:resnet18", 32, False)
+    line = input_error(build_image_encoder, "torchvision:resnet18", 32, False)
     assert "torchvision:resnet18" in line and words in line
 
 
@@ -443,7 +435,7 @@ def test_a_tokenizer_that_cannot_pad_is_one_line(words_tokenizer, tmp_path):
     transformers.GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words_tokenizer.backend_tokenizer)
     bare.save_pretrained(tmp_path)
-    line = error_line(TextEncoder, str(tmp_path), "mean", pretrained=False)
+    line = input_error(TextEncoder, str(tmp_path), "mean", pretrained=False)
     assert str(tmp_path) in line and "neither a pad token nor" in line
 
 
@@ -574,15 +566,15 @@ def test_long_captions_are_cut(bert_folder, clip_folder):
 
 
 def test_text_encoder_that_is_not_there(tmp_path, bert_folder):
-    line = error_line(TextEncoder, str(tmp_path / "nothing"))
+    line = input_error(TextEncoder, str(tmp_path / "nothing"))
     assert "nothing" in line and "bert" in line
     broken = tmp_path / "broken"
     shutil.copytree(bert_folder, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert str(broken) in error_line(TextEncoder, str(broken))
+    assert str(broken) in input_error(TextEncoder, str(broken))
     weights.unlink()
-    assert str(broken) in error_line(TextEncoder, str(broken))
+    assert str(broken) in input_error(TextEncoder, str(broken))
 
 
 # ---- activations that keep little

@@ -12,8 +12,7 @@ from networks.lora import Lora
 from tests.processes import run_ranks
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils import ranks
-from utils.sets import initial_similarity
-from utils.student import StudentLoss, matching_gradient
+from utils.student import matching_gradient
 
 
 def nfnet(**settings):
@@ -23,14 +22,6 @@ def nfnet(**settings):
 def vit():
     """Its image tower draws random numbers."""
     return Problem("test_vit", drop_path_rate=0.2, proj_drop_rate=0.1)
-
-
-def soft():
-    problem = Problem("test_nfnet", loss_type="WBCE")
-    problem.loss_fn = StudentLoss(problem.model, alpha=3.0)
-    parts = initial_similarity("lowrank", NUM_PAIRS, 2, torch.Generator().manual_seed(4))
-    problem.pairs.similarity = tuple(part.double() + 0.1 for part in parts)
-    return problem
 
 
 def heads():
@@ -49,7 +40,7 @@ CASES = {
         "random image tower": lambda: (vit(), 2, NUM_PAIRS, 2),
         "random image tower, a chunk a pair": lambda: (vit(), 2, 3, 1, {"momentum": 0.9}),
         "adapters": lambda: (nfnet(**ADAPTERS), 2, NUM_PAIRS, None),
-        "soft targets": lambda: (soft(), 2, 3, None),
+        "soft targets": lambda: (nfnet(loss_type="WBCE").soft("lowrank"), 2, 3, None),
         "learned scale and bias": lambda: (nfnet(loss_type="SigLIP"), 2, 3, None, {"momentum": 0.9}),
         "learned scale and bias, in chunks": lambda: (nfnet(loss_type="SigLIP"), 2, NUM_PAIRS, 1),
         "frozen text tower": lambda: (nfnet(freeze="text_projection"), 2, 3, None),

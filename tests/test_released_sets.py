@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evaluate
+from tests.programs import error_line, score_sets
 from utils.report.run import read_coresets
 from utils.sets import load_synset, save_synset
 from utils.sets.released import MEAN, STD, find_alpha
@@ -49,14 +50,6 @@ def save(tmp_path):
         return str(tmp_path / name)
 
     return write
-
-
-def error_line(capsys, *argv):
-    capsys.readouterr()
-    assert evaluate.main([*map(str, argv)]) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    return line
 
 
 def same(left, right, atol=0.0):
@@ -149,9 +142,8 @@ def test_distillation_reads_the_form(save, run_distill, text_dim, tmp_path, caps
     """To compare with in a report; as a start only for an encoder of the same mean and std, which the demo's is not."""
     path = save(released(text_dim=text_dim))
     assert read_coresets([path], text_dim)[path].loss_type == "WBCE"
-    capsys.readouterr()
-    assert run_distill(tmp_path / "run", "--init_set", path) == 2
-    assert f"{path} does not fit: its mean and std is {(MEAN, STD)}" in capsys.readouterr().err
+    line = error_line(capsys, run_distill, tmp_path / "run", "--init_set", path)
+    assert f"{path} does not fit: its mean and std is {(MEAN, STD)}" in line
 
 
 def test_demo_data_are_named_by_one_flag(save):
@@ -185,7 +177,9 @@ def test_phases_have_no_place_in_that_form(straight, tmp_path, capsys):
     ours = load_synset(straight / "last.safetensors")
     ours.phases = 3
     save_synset(tmp_path / "ours.safetensors", ours)
-    line = error_line(capsys, "--synset", tmp_path / "ours.safetensors", "--export_pt", tmp_path / "ours.pt")
+    line = error_line(
+        capsys, score_sets, "--synset", tmp_path / "ours.safetensors", "--export_pt", tmp_path / "ours.pt"
+    )
     assert "no phases" in line and not (tmp_path / "ours.pt").exists()
 
 
@@ -241,21 +235,21 @@ def broken(name):
 def test_file_that_is_no_such_set(save, tmp_path, capsys, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     path = save(broken(name))
-    line = error_line(capsys, "--synset", path, "--export_pt", "back.pt")
+    line = error_line(capsys, score_sets, "--synset", path, "--export_pt", "back.pt")
     assert words in line and path in line and os.listdir(tmp_path) == ["distilled_2000.pt"]
 
 
 def test_file_that_is_damaged_missing_or_something_else(save, tmp_path, capsys):
     path = save(released())
-    line = error_line(capsys, "--synset", save([torch.zeros(2)], "list.pt"))
+    line = error_line(capsys, score_sets, "--synset", save([torch.zeros(2)], "list.pt"))
     assert "holds a list; it must be a dict" in line
     with open(path, "r+b") as file:
         file.truncate(3000)
-    assert f"{path} is damaged" in error_line(capsys, "--synset", path)
+    assert f"{path} is damaged" in error_line(capsys, score_sets, "--synset", path)
     for content in (b"no pickle", b"", pickle.dumps({"image": 1})):
         (tmp_path / "other.pt").write_bytes(content)
-        assert "is damaged or no torch file" in error_line(capsys, "--synset", tmp_path / "other.pt")
-    assert "does not exist" in error_line(capsys, "--synset", tmp_path / "none.pt")
+        assert "is damaged or no torch file" in error_line(capsys, score_sets, "--synset", tmp_path / "other.pt")
+    assert "does not exist" in error_line(capsys, score_sets, "--synset", tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize(
@@ -271,9 +265,11 @@ def test_file_that_is_damaged_missing_or_something_else(save, tmp_path, capsys):
 def test_flags_that_do_not_go_with_the_form(save, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     path = save(released())
-    assert words in error_line(capsys, "--synset", path, *argv) and os.listdir(tmp_path) == ["distilled_2000.pt"]
+    assert words in error_line(capsys, score_sets, "--synset", path, *argv) and os.listdir(tmp_path) == [
+        "distilled_2000.pt"
+    ]
     if argv[-1] == "back.pt":
-        assert "takes one set" in error_line(capsys, "--synset", path, path, *argv)
+        assert "takes one set" in error_line(capsys, score_sets, "--synset", path, path, *argv)
 
 
 def test_full_disk_keeps_the_previous_file(save, tmp_path, capsys, monkeypatch):
@@ -284,5 +280,5 @@ def test_full_disk_keeps_the_previous_file(save, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("utils.files.torch.save", fail)
     before = (tmp_path / "distilled_2000.pt").read_bytes()
-    assert "free some space" in error_line(capsys, "--synset", path, "--export_pt", path)
+    assert "free some space" in error_line(capsys, score_sets, "--synset", path, "--export_pt", path)
     assert (tmp_path / "distilled_2000.pt").read_bytes() == before and os.listdir(tmp_path) == ["distilled_2000.pt"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from tests.programs import error_line
 from tests.report_page import Page, made_up
 from utils.log import Log
 from utils.report import write_run_page
@@ -112,35 +113,23 @@ def test_words_of_others_are_shown_as_words(tmp_path):
     assert "<b>&</b>" in page.text and not page.of("b") and len(page.of("script")) == 1
 
 
-@pytest.fixture
-def error_line(capsys):
-    def run(call, *argv):
-        capsys.readouterr()
-        assert call(*argv) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    return run
-
-
-def test_coresets_that_do_not_fit_are_one_line(run_distill, tmp_path, error_line):
+def test_coresets_that_do_not_fit_are_one_line(run_distill, tmp_path, capsys):
     save_synset(tmp_path / "narrow.safetensors", made_up(2, 8))
     run = tmp_path / "r", "--Iteration", 1, "--report", "--coreset"
-    assert "width 8" in error_line(run_distill, *run, tmp_path / "narrow.safetensors")
-    assert "does not exist" in error_line(run_distill, *run, tmp_path / "none.safetensors")
+    assert "width 8" in error_line(capsys, run_distill, *run, tmp_path / "narrow.safetensors")
+    assert "does not exist" in error_line(capsys, run_distill, *run, tmp_path / "none.safetensors")
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("missing", ["matplotlib.figure", "jinja2"])
-def test_missing_library_of_the_report_is_one_line(run_distill, straight, tmp_path, error_line, monkeypatch, missing):
+def test_missing_library_of_the_report_is_one_line(run_distill, straight, tmp_path, capsys, monkeypatch, missing):
     """At the start: before anything is read or written."""
     monkeypatch.setitem(sys.modules, missing, None)
     name = missing.partition(".")[0]
-    assert f"pip install {name}" in error_line(run_distill, tmp_path / "r", "--Iteration", 0, "--report")
+    assert f"pip install {name}" in error_line(capsys, run_distill, tmp_path / "r", "--Iteration", 0, "--report")
     assert not (tmp_path / "r").exists()
     argv = ["--synset", str(straight / "best.safetensors"), "--report", str(tmp_path / "p.html")]
-    assert f"pip install {name}" in error_line(evaluate.main, argv)
+    assert f"pip install {name}" in error_line(capsys, evaluate.main, argv)
 
 
 def test_an_error_in_the_page_is_one_warning_and_the_run_goes_on(run_distill, tmp_path, capsys, monkeypatch):
@@ -150,9 +139,7 @@ def test_an_error_in_the_page_is_one_warning_and_the_run_goes_on(run_distill, tm
     monkeypatch.setattr("utils.report.run.principal_plane", broken)
     assert run_distill(tmp_path / "r", "--Iteration", 2, "--eval_it", 1, "--report") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and "report" in line]
-    assert lines == [
-        "warning: report.html left out, the run goes on (LinAlgError: Eigenvalues did not converge)",
-    ]
+    assert lines == ["warning: report.html left out, the run goes on (LinAlgError: Eigenvalues did not converge)"]
     assert (tmp_path / "r/best.safetensors").exists()
 
 
@@ -184,10 +171,10 @@ def test_report_of_evaluated_sets(straight, tmp_path, capsys):
     assert "--num_eval 1" in page.text
 
 
-def test_report_that_cannot_be_written_is_one_line(straight, tmp_path, error_line):
+def test_report_that_cannot_be_written_is_one_line(straight, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     argv = ["--synset", str(straight / "best.safetensors"), "--num_eval", "1", "--report"]
-    assert "cannot write" in error_line(evaluate.main, [*argv, str(tmp_path / "file/page.html")])
+    assert "cannot write" in error_line(capsys, evaluate.main, [*argv, str(tmp_path / "file/page.html")])
 
 
 def test_wandb_offline_gets_table_and_page(run_distill, tmp_path, monkeypatch, capsys):

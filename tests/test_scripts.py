@@ -15,6 +15,7 @@ import distill
 import evaluate
 import utils.setup.data
 from data.demo import make_demo
+from tests.programs import error_line, score_sets, table
 from utils.experts.trajectory import Trajectory
 from utils.matching.learner import PairLearner
 from utils.sets import load_synset
@@ -83,7 +84,7 @@ def test_closing_line_says_what_was_made_and_where(run_buffer, metrics, tmp_path
 
 
 def test_second_run_of_another_recipe_is_refused(experts, run_buffer, capsys):
-    line = stderr_line(capsys, run_buffer, experts, "--num_experts", 3, "--l2", "0.1")
+    line = error_line(capsys, run_buffer, experts, "--num_experts", 3, "--l2", "0.1")
     assert "l2=0.0" in line and "l2=0.1" in line
 
 
@@ -224,13 +225,13 @@ def test_published_rates_learn(tiny_argv, tmp_path, metrics):
 
 def test_run_folder_is_not_written_over(straight, run_distill, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
-    assert "--resume" in stderr_line(capsys, run_distill, straight, "--Iteration", 4)
-    assert "lr_img=10" in stderr_line(capsys, run_distill, straight, "--Iteration", 6, "--resume", "--lr_img", 20)
+    assert "--resume" in error_line(capsys, run_distill, straight, "--Iteration", 4)
+    assert "lr_img=10" in error_line(capsys, run_distill, straight, "--Iteration", 6, "--resume", "--lr_img", 20)
     assert {path.name: path.stat().st_mtime_ns for path in straight.iterdir()} == before
 
 
 def test_nothing_to_resume(run_distill, tmp_path, capsys):
-    assert "no run to resume" in stderr_line(capsys, run_distill, tmp_path / "r", "--resume")
+    assert "no run to resume" in error_line(capsys, run_distill, tmp_path / "r", "--resume")
     assert not (tmp_path / "r").exists()
 
 
@@ -262,13 +263,6 @@ def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
 # ---- evaluate.py
 
 
-def table_rows(text):
-    """Cells of the Markdown table's rows without its head."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[1].replace("|", "").replace("-", "").strip() == ""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
 @pytest.fixture
 def run_evaluate(straight):
     def run(*more):
@@ -279,7 +273,7 @@ def run_evaluate(straight):
 
 def test_evaluation_repeats_the_test_report(metrics, straight, run_evaluate, tmp_path, capsys):
     assert run_evaluate("--json", tmp_path / "numbers.json") == 0
-    ((name, *cells),) = table_rows(capsys.readouterr().out)
+    ((name, *cells),) = table(capsys.readouterr().out)[1]
     method = load_synset(straight / "best.safetensors").settings["method"]
     assert name == f"best ({method})" and cells[:2] == ["6", "test_nfnet"] and len(cells) == 11
     (numbers,) = json.loads((tmp_path / "numbers.json").read_text())["rows"]
@@ -292,7 +286,7 @@ def test_evaluation_repeats_the_test_report(metrics, straight, run_evaluate, tmp
 def test_sets_in_one_table(straight, capsys):
     paths = [str(straight / f"iteration_{i:06d}.safetensors") for i in (0, 4)]
     assert evaluate.main(["--synset", *paths, "--num_eval", "1", "--syn_lr_img", "0.02"]) == 0
-    rows = table_rows(capsys.readouterr().out)
+    rows = table(capsys.readouterr().out)[1]
     assert ["iteration_000000" in rows[0][0], "iteration_000004" in rows[1][0]] == [True, True]
     assert all(row[3].startswith("0.02 ") for row in rows)
 
@@ -301,7 +295,7 @@ def test_transfer_to_another_encoder_and_size(run_evaluate, capsys):
     argv = ["--image_encoder", "test_vit", "--no_image_pretrained", "--image_size", 48, "--num_eval", 1]
     assert run_evaluate(*argv) == 0
     out = capsys.readouterr().out
-    assert "test_vit" in out and len(table_rows(out)) == 1
+    assert "test_vit" in out and len(table(out)[1]) == 1
 
 
 def test_rates_are_tuned_on_validation(run_evaluate, straight, capsys, monkeypatch):
@@ -323,26 +317,10 @@ def test_rates_are_tuned_on_validation(run_evaluate, straight, capsys, monkeypat
     # 0.03 and 0.2 are edges of the grids, which get 0.045 and 0.1.
     tried += [(0.02, 0.1), (0.03, 0.1), (0.045, 0.1), (0.045, 0.2), (0.045, 0.4)]
     assert asked == [(*rates, 1, evaluate.VALIDATION_SEED) for rates in tried] + [(0.03, 0.2, 2, evaluate.TEST_SEED)]
-    assert table_rows(capsys.readouterr().out)[0][3] == "0.03 0.2"
+    assert table(capsys.readouterr().out)[1][0][3] == "0.03 0.2"
 
 
 # ---- wrong input: exit code 2 and one line
-
-
-def stderr_line(capsys, run, *argv):
-    """The only line that a run with exit code 2 leaves on stderr."""
-    capsys.readouterr()
-    try:
-        code = run(*argv)
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert "Traceback" not in captured.out + captured.err
-    # A progress bar is no error; it goes only to a terminal.
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ") or ": error: " in line
-    return line
 
 
 @pytest.fixture
@@ -355,7 +333,7 @@ def own_data(tiny_data, tmp_path):
 
 def test_missing_image_folder(run_buffer, tmp_path, capsys):
     folder = tmp_path / "nothing"
-    assert str(folder) in stderr_line(capsys, run_buffer, tmp_path / "b", "--image_root", folder)
+    assert str(folder) in error_line(capsys, run_buffer, tmp_path / "b", "--image_root", folder)
     assert not (tmp_path / "b").exists()
 
 
@@ -364,7 +342,7 @@ def test_missing_pictures(run_buffer, own_data, tmp_path, capsys):
     missing = [folder / "demo-images" / f"train_{i:05d}.png" for i in (3, 5)]
     for path in missing:
         path.unlink()
-    line = stderr_line(capsys, run_buffer, tmp_path / "b", *argv)
+    line = error_line(capsys, run_buffer, tmp_path / "b", *argv)
     assert "2 of 24" in line and str(missing[0]) in line
 
 
@@ -372,7 +350,7 @@ def test_missing_pictures(run_buffer, own_data, tmp_path, capsys):
 def test_missing_annotations(run_buffer, own_data, tmp_path, capsys, split):
     folder, argv = own_data
     (folder / f"tiny_{split}.json").unlink()
-    line = stderr_line(capsys, run_buffer, tmp_path / "b", *argv)
+    line = error_line(capsys, run_buffer, tmp_path / "b", *argv)
     assert f"tiny_{split}.json" in line and str(folder) in line
     assert not (tmp_path / "b").exists()
 
@@ -381,7 +359,7 @@ def test_broken_json(run_buffer, run_distill, own_data, tmp_path, capsys):
     folder, argv = own_data
     (folder / "tiny_train.json").write_text('[{"image": "a.png",')
     for run in (run_buffer, run_distill):
-        line = stderr_line(capsys, run, tmp_path / "b", *argv)
+        line = error_line(capsys, run, tmp_path / "b", *argv)
         assert str(folder / "tiny_train.json") in line and "line 1" in line
     assert not (tmp_path / "b").exists()
 
@@ -392,7 +370,7 @@ def test_unreadable_picture_and_skip_broken(run_buffer, own_data, tmp_path, caps
     path = folder / "demo-images" / f"{split}_00001.png"
     path.write_bytes(path.read_bytes()[:50])
     argv += ["--num_experts", 1, "--train_epochs", 1]
-    line = stderr_line(capsys, run_buffer, tmp_path / "b", *argv)
+    line = error_line(capsys, run_buffer, tmp_path / "b", *argv)
     assert str(path) in line and "--skip_broken" in line
     assert run_buffer(tmp_path / "b", *argv, "--skip_broken") == 0
     out = capsys.readouterr().out
@@ -403,30 +381,28 @@ def test_unreadable_picture_in_distillation(run_distill, own_data, tmp_path, cap
     folder, argv = own_data
     for path in folder.glob("demo-images/train_*.png"):
         path.write_bytes(b"")
-    line = stderr_line(capsys, run_distill, tmp_path / "r", *argv)
+    line = error_line(capsys, run_distill, tmp_path / "r", *argv)
     assert "demo-images/train_" in line and not (tmp_path / "r").exists()
 
 
 def test_empty_buffer(run_distill, tmp_path, capsys):
     (tmp_path / "b").mkdir()
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--buffer_path", tmp_path / "b")
+    line = error_line(capsys, run_distill, tmp_path / "r", "--buffer_path", tmp_path / "b")
     assert str(expert_folder(tmp_path / "b")) in line and "buffer.py" in line
     assert not (tmp_path / "r").exists()
 
 
-def test_buffer_of_another_image_size(run_distill, experts, tmp_path, capsys):
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--image_size", 48)
-    assert "image_size=32" in line and "image_size=48" in line
-
-
-def test_start_epoch_beyond_the_snapshots(run_distill, tmp_path, capsys):
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--max_start_epoch", 3)
-    assert "--max_start_epoch 3" in line and "--expert_epochs 1" in line
-
-
-def test_more_queries_than_pictures(run_distill, tmp_path, capsys):
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--num_queries", 25)
-    assert "25" in line and "24" in line
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--image_size", 48, ("image_size=32", "image_size=48")),
+        ("--max_start_epoch", 3, ("--max_start_epoch 3", "--expert_epochs 1")),
+        ("--num_queries", 25, ("25", "24")),
+    ],
+)
+def test_flags_that_do_not_fit_the_experts_or_the_data(run_distill, tmp_path, capsys, flag, value, words):
+    line = error_line(capsys, run_distill, tmp_path / "r", flag, value)
+    assert all(word in line for word in words)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "cut"])
@@ -434,8 +410,8 @@ def test_damaged_expert(run_buffer, run_distill, experts, tmp_path, capsys, cont
     shutil.copytree(experts, tmp_path / "b")
     path = expert_folder(tmp_path / "b") / "expert_001.safetensors"
     path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
-    assert str(path) in stderr_line(capsys, run_distill, tmp_path / "r", "--buffer_path", tmp_path / "b")
-    assert str(path) in stderr_line(capsys, run_buffer, tmp_path / "b", "--num_experts", 3)
+    assert str(path) in error_line(capsys, run_distill, tmp_path / "r", "--buffer_path", tmp_path / "b")
+    assert str(path) in error_line(capsys, run_buffer, tmp_path / "b", "--num_experts", 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "nonsense", "cut"])
@@ -443,18 +419,18 @@ def test_damaged_set(straight, tmp_path, capsys, content):
     path = tmp_path / "set.safetensors"
     whole = (straight / "best.safetensors").read_bytes()
     path.write_bytes(whole[:-10] if content is None else content)
-    assert str(path) in stderr_line(capsys, lambda: evaluate.main(["--synset", str(path)]))
+    assert str(path) in error_line(capsys, score_sets, "--synset", path)
 
 
 def test_missing_set_and_a_file_that_is_none(experts, tmp_path, capsys):
     path = tmp_path / "set.safetensors"
-    assert f"{path} does not exist" in stderr_line(capsys, lambda: evaluate.main(["--synset", str(path)]))
+    assert f"{path} does not exist" in error_line(capsys, score_sets, "--synset", path)
     path = expert_folder(experts) / "expert_000.safetensors"
-    assert f"{path} is not a set" in stderr_line(capsys, lambda: evaluate.main(["--synset", str(path)]))
+    assert f"{path} is not a set" in error_line(capsys, score_sets, "--synset", path)
 
 
 def test_set_of_another_text_encoder(run_evaluate, capsys):
-    line = stderr_line(capsys, run_evaluate, "--text_pooling", "cls")
+    line = error_line(capsys, run_evaluate, "--text_pooling", "cls")
     assert "text_pooling=mean" in line and "text_pooling=cls" in line
 
 
@@ -462,13 +438,13 @@ def test_set_of_another_text_encoder(run_evaluate, capsys):
 def test_unknown_encoder(run_buffer, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     name = "nfnet_l" if flag == "--image_encoder" else str(tmp_path / "bertt")
-    line = stderr_line(capsys, run_buffer, tmp_path / "b", flag, name)
+    line = error_line(capsys, run_buffer, tmp_path / "b", flag, name)
     assert name in line and ("nfnet_l0" in line if flag == "--image_encoder" else "distilbert" in line)
 
 
 def test_non_finite_loss_keeps_the_last_good_set(run_distill, tmp_path, capsys):
     argv = ["--Iteration", 6, "--lr_img", "1e38", "--eval_it", 6]
-    line = stderr_line(capsys, run_distill, tmp_path / "r", *argv)
+    line = error_line(capsys, run_distill, tmp_path / "r", *argv)
     assert "finite" in line and "lower" in line
     synset = load_synset(tmp_path / "r/last.safetensors")
     assert synset.settings["iteration"] == 0 and synset.image_syn.abs().max() < 10
@@ -480,13 +456,13 @@ def test_file_in_the_place_of_a_folder(run_buffer, run_distill, run_evaluate, tm
     path = tmp_path / "file"
     path.write_text("")
     for run in (run_buffer, run_distill):
-        assert str(path) in stderr_line(capsys, run, path)
-    assert str(path) in stderr_line(capsys, run_evaluate, "--num_eval", 1, "--json", path / "numbers.json")
+        assert str(path) in error_line(capsys, run, path)
+    assert str(path) in error_line(capsys, run_evaluate, "--num_eval", 1, "--json", path / "numbers.json")
     assert run_evaluate("--num_eval", 1, "--json", tmp_path / "new/numbers.json") == 0
 
 
 def test_non_finite_training_of_an_expert(run_buffer, tmp_path, capsys):
-    line = stderr_line(capsys, run_buffer, tmp_path / "b", "--num_experts", 1, "--lr_teacher_img", "1e38")
+    line = error_line(capsys, run_buffer, tmp_path / "b", "--num_experts", 1, "--lr_teacher_img", "1e38")
     assert "lower the learning rates" in line
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -494,8 +470,8 @@ def test_non_finite_training_of_an_expert(run_buffer, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
 def test_device_that_is_not_there(run_buffer, run_distill, run_evaluate, tmp_path, capsys, name):
     for run in (run_buffer, run_distill):
-        assert f"--device {name}" in stderr_line(capsys, run, tmp_path / "x", "--device", name)
-    assert f"--device {name}" in stderr_line(capsys, run_evaluate, "--device", name)
+        assert f"--device {name}" in error_line(capsys, run, tmp_path / "x", "--device", name)
+    assert f"--device {name}" in error_line(capsys, run_evaluate, "--device", name)
     assert not (tmp_path / "x").exists()
 
 
@@ -508,7 +484,7 @@ def test_full_disk_while_distilling(straight, run_distill, tmp_path, capsys, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("utils.files.save_file", fail)
-    line = stderr_line(capsys, run_distill, tmp_path / "r", "--Iteration", 6, "--resume")
+    line = error_line(capsys, run_distill, tmp_path / "r", "--Iteration", 6, "--resume")
     assert "No space left" in line
     assert (tmp_path / "r/last.safetensors").read_bytes() == before
     assert not list((tmp_path / "r").glob(".*"))

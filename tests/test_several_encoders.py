@@ -7,13 +7,12 @@ import torch
 
 import buffer
 import distill
-import evaluate
 from data.errors import InputError
 from data.transforms import normalize
 from networks.clip_model import ModelFactory
 from networks.image_encoder import build_image_encoder
 from tests.conftest import QUICK_BUFFER, QUICK_DISTILL
-from tests.test_scripts import stderr_line, table_rows
+from tests.programs import error_line, score_sets, table
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils.experts import Trajectory
 from utils.scoring.evaluation import training_images
@@ -145,12 +144,12 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tmp_path, caps
     else:
         assert torch.equal(a.image_syn, first.image_syn) == ("--text_only" in more)
     capsys.readouterr()
-    table = tmp_path / "t.json"
-    assert evaluate.main(["--synset", str(tmp_path / "a/last.safetensors"), "--json", str(table)]) == 0
-    rows = json.loads(table.read_text())["rows"]
+    numbers = tmp_path / "t.json"
+    assert score_sets("--synset", tmp_path / "a/last.safetensors", "--json", numbers) == 0
+    rows = json.loads(numbers.read_text())["rows"]
     assert [row["image_encoder"] for row in rows] == ["test_nfnet", "test_resnet"]
     assert [row["rates"] for row in rows] == [pytest.approx(a.rates[row["image_encoder"]]) for row in rows]
-    assert len(table_rows(capsys.readouterr().out)) == 2
+    assert len(table(capsys.readouterr().out)[1]) == 2
 
 
 def test_texts_alone_need_no_pixel_gradient_and_give_the_same_texts(run, tmp_path, monkeypatch):
@@ -214,6 +213,6 @@ def test_settings_of_one_of_several_encoders():
     ],
 )
 def test_wrong_input(run, tmp_path, capsys, more, words):
-    line = stderr_line(capsys, run, tmp_path / "x", *more)
+    line = error_line(capsys, run, tmp_path / "x", *more)
     assert all(word in line for word in words), line
     assert not (tmp_path / "x").exists()

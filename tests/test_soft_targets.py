@@ -8,11 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import distill
-import evaluate
 from networks.clip_model import LOGIT
 from networks.loss import PairLoss
-from tests.test_scripts import stderr_line, table_rows
-from tests.unroll import NUM_PAIRS, Problem, check_chunks, unroll_gradient
+from tests.programs import error_line, score_sets, table
+from tests.unroll import Problem, check_chunks, unroll_gradient
 from utils.experts import Shortcut, Trajectory
 from utils.matching import PairLearner
 from utils.matching.draws import Draws
@@ -145,13 +144,6 @@ def test_nce_of_the_identity_is_nearly_infonce(features):
 # ---- the gradient
 
 
-def with_similarity(problem, sim_type):
-    problem.loss_fn = StudentLoss(problem.model, alpha=3.0)
-    parts = initial_similarity(sim_type, NUM_PAIRS, 2, torch.Generator().manual_seed(4))
-    problem.pairs.similarity = tuple(part.double() + 0.2 * normal(*part.shape, seed=5) for part in parts)
-    return problem
-
-
 @pytest.mark.parametrize(
     ("sim_type", "loss_type", "momentum", "pair_chunk"),
     [
@@ -164,13 +156,13 @@ def with_similarity(problem, sim_type):
 )
 def test_gradient_of_soft_targets_equals_the_full_unroll(sim_type, loss_type, momentum, pair_chunk):
     """With dropout and mini-batches; that of S and of its factors too."""
-    problem = with_similarity(Problem("test_nfnet", loss_type=loss_type), sim_type)
+    problem = Problem("test_nfnet", loss_type=loss_type).soft(sim_type)
     check_chunks(problem.arguments(3, batch_size=3), pair_chunk, momentum=momentum)
 
 
 @pytest.mark.parametrize(("pair_chunk", "sim_type"), [(None, "none"), (2, "none"), (2, "lowrank")])
 def test_gradient_with_a_learned_scale_and_bias_equals_the_full_unroll(pair_chunk, sim_type):
-    problem = with_similarity(Problem("test_nfnet", loss_type="SigLIP"), sim_type)
+    problem = Problem("test_nfnet", loss_type="SigLIP").soft(sim_type)
     assert {"logit_scale", "logit_bias"} < problem.start.keys()
     check_chunks(problem.arguments(3), pair_chunk, momentum=0.9)
 
@@ -178,7 +170,7 @@ def test_gradient_with_a_learned_scale_and_bias_equals_the_full_unroll(pair_chun
 def frozen(blend_alpha=0.0):
     problem = Problem("test_nfnet", freeze="image_encoder", image_projection=True, loss_type="WBCE")
     problem.model.image_encoder.eval()
-    with_similarity(problem, "lowrank").loss_fn.blend_alpha = blend_alpha
+    problem.soft("lowrank").loss_fn.blend_alpha = blend_alpha
     return problem
 
 
@@ -389,10 +381,8 @@ def test_similarity_is_learned_saved_resumed_and_trained_on(run_distill, tmp_pat
     assert torch.equal(straight.image_syn, parts.image_syn)
     assert not torch.equal(straight.targets, torch.eye(6))
     capsys.readouterr()
-    argv = ["--synset", str(tmp_path / "straight/last.safetensors"), "--num_eval", "1"]
-    assert evaluate.main(argv) == 0
-    soft = table_rows(capsys.readouterr().out)
-    assert len(soft) == 1
+    assert score_sets("--synset", tmp_path / "straight/last.safetensors", "--num_eval", 1) == 0
+    assert len(table(capsys.readouterr().out)[1]) == 1
 
 
 def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, experts):
@@ -401,7 +391,7 @@ def test_phases_are_trained_on_in_their_order(run_distill, tmp_path, capsys, exp
     first, last = (load_synset(tmp_path / "a" / f"{name}.safetensors") for name in ("iteration_000000", "last"))
     assert last.phases == 2
     assert all((last.image_syn[i] != first.image_syn[i]).any() for i in range(6))
-    line = stderr_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
+    line = error_line(capsys, run_distill, tmp_path / "a", "--Iteration", 4, *more, "--resume")
     assert "saved with Iteration=2" in line
 
 
@@ -425,7 +415,7 @@ def test_what_a_phase_learned_stays_its_average(run_distill, tmp_path):
     ],
 )
 def test_flags_that_do_not_go_together(run_distill, tmp_path, capsys, flags, words):
-    line = stderr_line(capsys, run_distill, tmp_path / "run", *flags)
+    line = error_line(capsys, run_distill, tmp_path / "run", *flags)
     assert all(word in line for word in words)
     assert not (tmp_path / "run").exists()
 
@@ -438,13 +428,10 @@ def test_damaged_similarity_is_one_line(run_distill, tmp_path, capsys):
     tensors = load_file(path)
     tensors["similarity_left"] = tensors["similarity_left"][:5].clone()
     save_file(tensors, path, metadata)
-    capsys.readouterr()
-    assert evaluate.main(["--synset", str(path)]) == 2
-    assert "similarity has the shape" in capsys.readouterr().err
+    assert "similarity has the shape" in error_line(capsys, score_sets, "--synset", path)
     tensors["similarity_left"] = torch.zeros(6, 2)
     save_file(tensors, path, {**metadata, "phases": "7"})
-    assert evaluate.main(["--synset", str(path)]) == 2
-    assert "phases are 7 for 6 pairs" in capsys.readouterr().err
+    assert "phases are 7 for 6 pairs" in error_line(capsys, score_sets, "--synset", path)
 
 
 @pytest.mark.parametrize("recipe", ["lors", "repblend", "ptmst"])
@@ -467,11 +454,11 @@ def test_siglip_from_experts_to_evaluation(run_buffer, run_distill, experts, tmp
     assert first["logit_bias"] == -10 != last["logit_bias"] and first["logit_scale"] != last["logit_scale"]
     assert run_distill(run, "--Iteration", 2, "--buffer_path", buffers, *siglip, "--report") == 0
     capsys.readouterr()
-    assert evaluate.main(["--synset", str(run / "best.safetensors"), "--all_data", str(buffers)]) == 0
-    assert [row[0] for row in table_rows(capsys.readouterr().out)][-1].startswith("all data")
+    assert score_sets("--synset", run / "best.safetensors", "--all_data", buffers) == 0
+    assert table(capsys.readouterr().out)[1][-1][0].startswith("all data")
 
     for stored, folder, asked in (("SigLIP", buffers, "WBCE"), ("InfoNCE", experts, "SigLIP")):
-        line = stderr_line(capsys, run_distill, tmp_path / "x", "--buffer_path", folder, "--loss_type", asked)
+        line = error_line(capsys, run_distill, tmp_path / "x", "--buffer_path", folder, "--loss_type", asked)
         assert "SigLIP learns a scale and a bias" in line and f"give --loss_type {stored}, or" in line
-    assert "loss_type=SigLIP" in stderr_line(capsys, run_buffer, buffers, "--loss_type", "InfoNCE")
+    assert "loss_type=SigLIP" in error_line(capsys, run_buffer, buffers, "--loss_type", "InfoNCE")
     assert not (tmp_path / "x").exists()

@@ -9,6 +9,7 @@ import pytest
 import coreset
 import evaluate
 from data.errors import InputError
+from tests.programs import error_line, score_sets
 from utils.scoring import NonFiniteLoss, choose_rates
 from utils.sets import load_synset, save_synset
 
@@ -137,8 +138,7 @@ def test_flags_come_first_and_defaults_last(sets, tmp_path, capsys):
 
 
 def test_distilled_sets_that_ask_for_different_protocols_are_refused(sets, tmp_path, capsys):
-    assert evaluate.main([*sets("a", "b", "coreset"), "--json", str(tmp_path / "t.json")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = error_line(capsys, score_sets, *sets("a", "b", "coreset"), "--json", tmp_path / "t.json")
     assert "give --epoch_eval_train (" in line and "a.safetensors: 3, " in line and "b.safetensors: 2)" in line
     assert not (tmp_path / "t.json").exists()
 
@@ -150,8 +150,7 @@ def test_a_set_that_diverges_has_no_row_and_the_others_do(sets, tmp_path, capsys
     assert evaluate.main(["--synset", sets("a")[1], diverging, *QUICK, "--json", str(tmp_path / "t.json")]) == 0
     assert f"no row for {diverging} on test_nfnet: training loss became" in capsys.readouterr().out
     assert [row["set"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == [sets("a")[1]]
-    assert evaluate.main(["--synset", diverging, *QUICK]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line(capsys, score_sets, "--synset", diverging, *QUICK)
     assert line.startswith("error: no set could be trained on; give lower --syn_lr_img")
 
 
@@ -159,8 +158,7 @@ def test_sets_of_different_splits_do_not_share_a_table(sets, tmp_path, capsys):
     other = str(tmp_path / "other.safetensors")
     synset = load_synset(sets("a")[1])
     save_synset(other, replace(synset, settings={**synset.settings, "split_seed": 7}))
-    assert evaluate.main(["--synset", sets("a")[1], other, "--texts", "nearest"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line(capsys, score_sets, "--synset", sets("a")[1], other, "--texts", "nearest")
     assert f"{other} was made with split_seed=7, this run has split_seed=0" in line
 
 

@@ -7,7 +7,7 @@ import pytest
 import buffer
 import coreset
 import distill
-import evaluate
+from tests.programs import error_line, score_sets
 from utils.files import open_tensors, save_tensors
 from utils.scoring.training import NonFiniteLoss
 from utils.sets import load_synset, save_synset
@@ -34,17 +34,6 @@ def run(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def stderr_line(capsys, call, *argv):
-    capsys.readouterr()
-    try:
-        code = call(*argv)
-    except SystemExit as stop:
-        code = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert code == 2 and "error: " in line
-    return line
-
-
 def test_state_without_metadata(run, match, capsys):
     path = run / "state.safetensors"
     handle, metadata = open_tensors(path, "distillation state")
@@ -52,10 +41,10 @@ def test_state_without_metadata(run, match, capsys):
     del handle
     for key in ("settings", "iteration", "evaluated", "best"):
         save_tensors(path, tensors, {name: value for name, value in metadata.items() if name != key})
-        line = stderr_line(capsys, match, run, "--Iteration", 3, "--resume")
+        line = error_line(capsys, match, run, "--Iteration", 3, "--resume")
         assert f"distillation state {path} lacks {key}" in line
     save_tensors(path, {name: v for name, v in tensors.items() if name != "text_syn"}, metadata)
-    assert f"{path} lacks text_syn" in stderr_line(capsys, match, run, "--Iteration", 3, "--resume")
+    assert f"{path} lacks text_syn" in error_line(capsys, match, run, "--Iteration", 3, "--resume")
 
 
 @pytest.mark.parametrize("key", ["method", "dataset", "image_encoder", "text_encoder"])
@@ -63,7 +52,7 @@ def test_set_that_does_not_say_how_it_was_made(run, capsys, key):
     synset = load_synset(run / "best.safetensors")
     del synset.settings[key]
     save_synset(run / "set.safetensors", synset)
-    line = stderr_line(capsys, lambda: evaluate.main(["--synset", str(run / "set.safetensors")]))
+    line = error_line(capsys, score_sets, "--synset", run / "set.safetensors")
     assert str(run / "set.safetensors") in line and key in line
 
 
@@ -71,17 +60,17 @@ def test_set_with_fewer_texts_than_pictures(run, capsys):
     synset = load_synset(run / "best.safetensors")
     synset.text_syn = synset.text_syn[:4]
     save_synset(run / "set.safetensors", synset)
-    line = stderr_line(capsys, lambda: evaluate.main(["--synset", str(run / "set.safetensors")]))
+    line = error_line(capsys, score_sets, "--synset", run / "set.safetensors")
     assert str(run / "set.safetensors") in line and "6 pictures, 4 texts and 6 captions" in line
 
 
 def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
-    line = stderr_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")
+    line = error_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")
     assert "WANDB_MODE=nonsense" in line and "offline" in line
     assert not (tmp_path / "r").exists()
     argv = [*tiny_argv, "--buffer_path", str(tmp_path / "b")]
-    assert "WANDB_MODE=nonsense" in stderr_line(capsys, buffer.main, argv)
+    assert "WANDB_MODE=nonsense" in error_line(capsys, buffer.main, argv)
     assert not (tmp_path / "b").exists()
 
 
@@ -89,12 +78,12 @@ def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
 def test_seed_out_of_range(capsys, seed):
     for script in (buffer, coreset, distill):
         required = ["--method", "random"] if script is coreset else []
-        assert "--seed" in stderr_line(capsys, script.main, [*required, "--seed", seed])
+        assert "--seed" in error_line(capsys, script.main, [*required, "--seed", seed])
 
 
 @pytest.mark.parametrize("name", ["meta", "cpu:x"])
 def test_device_without_numbers(match, tmp_path, capsys, name):
-    assert f"--device {name}" in stderr_line(capsys, match, tmp_path / "r", "--device", name)
+    assert f"--device {name}" in error_line(capsys, match, tmp_path / "r", "--device", name)
     assert not (tmp_path / "r").exists()
 
 
@@ -108,14 +97,14 @@ def test_evaluation_that_goes_astray_names_iteration_and_flags(match, tmp_path, 
         return evaluate_synset(factory, synset, *args)
 
     monkeypatch.setattr(distill, "evaluate_synset", astray)
-    line = stderr_line(capsys, match, tmp_path / "r", "--Iteration", 4)
+    line = error_line(capsys, match, tmp_path / "r", "--Iteration", 4)
     assert "iteration 2 " in line and "--lr_img, --lr_txt or --lr_lr" in line
     assert load_synset(tmp_path / "r/last.safetensors").settings["iteration"] == 1
     assert not (tmp_path / "r/iteration_000002.safetensors").exists()
 
 
 def test_first_evaluation_that_goes_astray(match, tmp_path, capsys):
-    line = stderr_line(capsys, match, tmp_path / "r", "--epoch_eval_train", 2, "--lr_teacher_img", "1e30")
+    line = error_line(capsys, match, tmp_path / "r", "--epoch_eval_train", 2, "--lr_teacher_img", "1e30")
     assert "iteration 0 " in line and "--lr_teacher_img" in line
     assert not list((tmp_path / "r").glob("*.safetensors"))
 
@@ -129,7 +118,7 @@ def test_run_resumes_with_folders_spelled_in_another_way(run, match, tiny_data, 
 
 def test_fewer_iterations_than_done(run, match, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    line = stderr_line(capsys, match, run, "--Iteration", 1, "--resume")
+    line = error_line(capsys, match, run, "--Iteration", 1, "--resume")
     assert "2 iterations" in line and "--Iteration is 1" in line
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     assert match(run, "--Iteration", 2, "--resume") == 0
@@ -140,5 +129,5 @@ def test_a_picture_to_be_scored_that_cannot_be_read_is_told_at_the_start(match, 
     folder = shutil.copytree(tiny_data, tmp_path / "data")
     picture = sorted(folder.glob(f"demo-images/{split}_*.png"))[-1]
     picture.write_bytes(picture.read_bytes()[:100])
-    line = stderr_line(capsys, match, tmp_path / "run", "--image_root", folder, "--Iteration", 1)
+    line = error_line(capsys, match, tmp_path / "run", "--image_root", folder, "--Iteration", 1)
     assert str(picture) in line and not (tmp_path / "run").exists()

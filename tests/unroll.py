@@ -9,7 +9,7 @@ from networks.clip_model import CLIPModel, ProjectionHead, trained_parameters
 from networks.image_encoder import build_image_encoder
 from networks.lora import add_lora
 from networks.loss import PairLoss
-from utils.sets import Pairs, draw_batches
+from utils.sets import Pairs, draw_batches, initial_similarity
 from utils.student import Segment, StudentLoss, matching_gradient
 from utils.student import loss as student_module
 from utils.student.chunks import chunk_seed
@@ -121,6 +121,16 @@ class Problem:
         self.target = {name: value + 0.02 * normal(value.shape) for name, value in self.start.items()}
         rates = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (0.02, 0.05))
         self.pairs = Pairs(normal((NUM_PAIRS, 3, 32, 32)), normal((NUM_PAIRS, TEXT_DIM)), *rates)
+
+    def soft(self, sim_type):
+        """The same student with soft targets that are no longer the identity."""
+        self.loss_fn = StudentLoss(self.model, alpha=3.0)
+        generator = torch.Generator().manual_seed(4)
+        parts = initial_similarity(sim_type, NUM_PAIRS, 2, generator)
+        moves = (torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in parts)
+        device = self.pairs.image_syn.device
+        self.pairs.similarity = tuple((p + 0.2 * move).to(device) for p, move in zip(parts, moves, strict=True))
+        return self
 
     def single(self):
         """The same student in single precision, as the scripts run it."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import alternate, matrix_rate, now, peak_memory
-from benchmarks.outer_gradient import Problem
+from benchmarks.outer_gradient import PLAIN, Problem
 
 PRECISIONS = ("tf32", "bf16", "fp32")
 
@@ -61,12 +61,8 @@ class Setup:
     def arguments(self, **changes) -> Namespace:
         """As `outer_gradient.Problem` takes them."""
         sizes = self.sizes
-        values = {
-            **{"image_encoder": sizes.encoder, "image_size": sizes.image_size, "text_dim": sizes.text_dim},
-            **{"device": self.device, "lr_img": 0.01, "lr_txt": 0.01, "temperature": 0.07},
-            **{"lora_rank": None, "lora_layers": "attn", "heads": False},
-        }
-        return Namespace(**{**values, **changes})
+        values = {"image_encoder": sizes.encoder, "image_size": sizes.image_size, "text_dim": sizes.text_dim}
+        return Namespace(**{**PLAIN, **values, "device": self.device, **changes})
 
     def problem(self, num_pairs: int | None = None, dtype=torch.float32, bf16=False, plain=False, **changes) -> Problem:
         """`plain`: with torch's own activations, as a full unroll is measured."""
