@@ -149,6 +149,7 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tmp_path, caps
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["image_encoder"] for row in rows] == ["test_nfnet", "test_resnet"]
     assert [row["rates"] for row in rows] == [pytest.approx(a.rates[row["image_encoder"]]) for row in rows]
+    assert {row["pictures"] for row in rows} == {10 if more == MIXTURE else len(a.captions)}
     assert len(table(capsys.readouterr().out)[1]) == 2
 
 

@@ -1,9 +1,9 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, `rates`, `loss_type` and `texts`, how its texts were made (a key of `TEXTS`), and
-`looks` if the best of some looks at the test split is among its numbers; that of all data has `experts` and their
-`epochs`.
+network. A set's row also has `pairs`, the `pictures` and `megabytes` that it holds, `rates`, `loss_type` and `texts`,
+how its texts were made (a key of `TEXTS`), and `looks` if the best of some looks at the test split is among its
+numbers; that of all data has `experts` and their `epochs`.
 """
 
 import statistics
@@ -76,7 +76,7 @@ def markdown_table(rows: list[dict]) -> str:
     table = {}
     for row in rows:
         rates = rates_text(row.get("rates", []))
-        label = names[row["set"]] if row["set"] == ALL_DATA else f"{names[row['set']]} ({_made(row)})"
+        label = _all_data(row) if row["set"] == ALL_DATA else f"{names[row['set']]} ({_made(row)})"
         table[label, str(row.get("pairs", "all")), row["image_encoder"], rates, row["trains"]] = row["results"]
     return recall_table(table, COLUMNS, best_look_name(rows))
 
@@ -87,6 +87,8 @@ def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, resul
         "set": path,
         "method": synset.settings["method"],
         "pairs": len(synset.captions),
+        "pictures": len(synset.mixture.words if synset.mixture else synset.captions),
+        "megabytes": round(synset.nbytes / 1e6, 3),
         "image_encoder": image_encoder,
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
@@ -127,13 +129,19 @@ def _names(rows: list[dict]) -> dict[str, str]:
     names = set_names(list(dict.fromkeys(row["set"] for row in rows if row["set"] != ALL_DATA)))
     for row in rows:
         if row["set"] == ALL_DATA:
-            names[ALL_DATA] = f"{ALL_DATA} ({counted(row['experts'], 'expert')}, {counted(row['epochs'], 'epoch')})"
+            names[ALL_DATA] = _all_data(row)
     return names
+
+
+def _all_data(row: dict) -> str:
+    return f"{ALL_DATA} ({counted(row['experts'], 'expert')}, {counted(row['epochs'], 'epoch')})"
 
 
 def _made(row: dict) -> str:
     loss = None if row["loss_type"] == "InfoNCE" else row["loss_type"]
-    return ", ".join(filter(None, [row["method"], loss, TEXTS[row["texts"]]]))
+    mixed = row.get("pictures", row["pairs"]) > row["pairs"]
+    size = f"mixtures of {row['pictures']} pictures, {row['megabytes']:.1f} MB" if mixed else None
+    return ", ".join(filter(None, [row["method"], loss, TEXTS[row["texts"]], size]))
 
 
 def counted(number: int, noun: str) -> str:

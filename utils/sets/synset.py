@@ -68,6 +68,12 @@ class SynSet:
         return replace(self, syn_lr_img=lr_img, syn_lr_txt=lr_txt)
 
     @property
+    def nbytes(self) -> int:
+        """Of pictures, texts and soft targets, as the file holds them."""
+        pictures = self.mixture.nbytes if self.mixture else self.image_syn.nbytes
+        return pictures + self.text_syn.nbytes + sum(part.nbytes for part in self.similarity)
+
+    @property
     def texts_are_captions(self) -> bool:
         """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
         method = self.settings.get("method")
