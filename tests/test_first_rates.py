@@ -12,14 +12,15 @@ from utils.matching.first_rates import MARGIN, RATES
 from utils.sets import load_synset
 
 BOTH = ["syn_lr_img", "syn_lr_txt"]
-FROZEN = {"freeze": "image_encoder", "image_projection": True}
+FROZEN = {"encoder": "test_nfnet", "freeze": "image_encoder", "image_projection": True}
 
 
 @pytest.mark.parametrize(
-    ("problem", "number", "names"), [({}, 1, BOTH), (FROZEN, 2, BOTH), (FROZEN, 2, ["syn_lr_txt"])]
+    ("problem", "number", "names"),
+    [({"encoder": "test_vit"}, 1, BOTH), (FROZEN, 2, BOTH), (FROZEN, 2, ["syn_lr_txt"])],
 )
 def test_a_larger_rate_would_lead_astray(problem, number, names):
-    problem = Problem("test_nfnet", **problem)
+    problem = Problem(**problem)
     segments = problem.segments(number, steps=2)
 
     def loss_at(**rates):

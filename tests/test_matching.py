@@ -41,9 +41,9 @@ def test_gradient_equals_the_full_unroll(encoder, steps, request):
 
 
 # Pairwise: every value of a column meets every value of each other one. A pair at a time, chunks that divide the batch,
-# a smaller last chunk, and all at once; an image tower without dropout and with it; momentum; λ held back or cut off;
-# all weights or adapters; the loss of hard or of soft targets. Each kind of chunk has two rows, opposite in all else,
-# and no two columns go together in all four kinds.
+# a smaller last chunk, and all at once; an image tower without dropout and with it; momentum; a damped λ (0.6 and 0 as
+# one value); all weights or adapters; the loss of hard or of soft targets. Each kind of chunk has two rows, opposite
+# in all these, and no two columns are equal or opposite in all four kinds.
 PLAIN, ADAPTERS = None, Lora(2, 4.0, "all", "norm+bias")
 CHUNKED = [
     (1, 5, NFNET, 0.0, 1.0, PLAIN, "InfoNCE"),
