@@ -180,6 +180,7 @@ OF_TORCHVISION = {
 
 
 @pytest.mark.parametrize("name", OF_TORCHVISION)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # googlenet draws its weights in another way some day
 def test_features_of_torchvisions_model_from_its_own_checkpoint(name, tmp_path, capsys):
     """Which has a classifier in it."""
     features, dropped = OF_TORCHVISION[name]
