@@ -81,7 +81,7 @@ def distill(run: "Distillation") -> None:
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
         # The gradient goes back through every step into pictures, texts and rates.
-        # The three are one call: steps are taken again on the way back, so that the memory is that of one.
+        # Steps, distance and gradient are one call: steps are taken again on the way back, in the memory of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
         matchings = {
             number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(learner.pairs, number))
@@ -123,7 +123,7 @@ class Distillation:
         self.args, self.folder, self.device = args, Path(args.save_dir), find_device(args)
         print(describe_device(self.device))
 
-        # What is read, downloaded and cached, and each image encoder with its experts.
+        # What is read, downloaded and cached, and each image encoder with its experts; data are the same for all.
         data = open_data(args_of_encoders(args)[0], scored=("val", "test"), num_queries=args.num_queries)
         self.real, self.real_embed = data.real, data.real_embed
         self.backbones = open_backbones(args, data)
@@ -138,10 +138,9 @@ class Distillation:
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
-        rates = [pairs_of_encoder(self.pairs, number) for number in range(len(self.backbones))]
         self.students = [
-            Student(self.args, backbone, pairs, self.form)
-            for backbone, pairs in zip(self.backbones, rates, strict=True)
+            Student(self.args, backbone, pairs_of_encoder(self.pairs, number), self.form)
+            for number, backbone in enumerate(self.backbones)
         ]
         self.prefetch = Prefetch(self.read_segments, end=self.args.Iteration)
 
@@ -196,7 +195,7 @@ class Distillation:
         self.save()
         # The others wait at the end, so that within it the first rank may score the report's other sets alone.
         if ranks.is_first():
-            report(self.log, self.folder, synset, by_encoder, self.args)
+            show_evaluation(self.log, self.folder, synset, by_encoder, self.args)
             with ranks.alone():
                 self.page.update()
         ranks.wait()
@@ -224,10 +223,10 @@ class Distillation:
     def report_test(self) -> None:
         """Scores the set that did best on validation on the test split."""
         best = load_synset(self.folder / "best.safetensors")
-        looks = [self.page.on_model, *[None] * (len(self.backbones) - 1)]
+        watchers = [self.page.on_model, *[None] * (len(self.backbones) - 1)]  # the page is of the first encoder
         by_encoder = [
-            self.score(best, backbone, "test", TEST_SEED, look)
-            for backbone, look in zip(self.backbones, looks, strict=True)
+            self.score(best, backbone, "test", TEST_SEED, watcher)
+            for backbone, watcher in zip(self.backbones, watchers, strict=True)
         ]
         if not ranks.is_first():
             return
@@ -286,7 +285,7 @@ def saved_when_stopped(run: Distillation):
         run.prefetch.close()
 
 
-def report(log, folder: Path, synset: SynSet, by_encoder: list, args) -> None:
+def show_evaluation(log, folder: Path, synset: SynSet, by_encoder: list, args) -> None:
     """Prints and logs an evaluation; with --draw saves and shows the picture grid."""
     iteration = synset.settings["iteration"]
     mean, std = mean_and_std([recalls for results in by_encoder for recalls in results])

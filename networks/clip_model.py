@@ -9,7 +9,7 @@ from networks.image_encoder import ImageEncoder
 from networks.lora import Lora, add_lora, base_digest, reset_lora
 from networks.loss import PairLoss
 
-IMAGE, TEXT, LOGIT = "image", "text", "logit"  # what a parameter belongs to, see `CLIPModel.towers`
+IMAGE, TEXT, LOSS = "image", "text", "loss"  # what a parameter belongs to, see `CLIPModel.towers`
 BASE_SEED = 0  # of encoders without weights to load; what adapters of several experts share must not vary
 
 
@@ -87,10 +87,10 @@ class CLIPModel(nn.Module):
         return self.pair_loss(image_features, text_features, similarity, **logit)
 
     def towers(self) -> dict[str, str]:
-        """To which tower each parameter belongs, by name: `IMAGE`, `TEXT`, or to neither, `LOGIT`."""
+        """To which tower each parameter belongs, by name: `IMAGE`, `TEXT`, or to neither, `LOSS`."""
         modules = {IMAGE: (self.image_encoder, self.image_projection), TEXT: (self.text_projection,)}
         of = {p: tower for tower in modules for module in modules[tower] for p in module.parameters()}
-        return {name: of.get(p, LOGIT) for name, p in self.named_parameters()}
+        return {name: of.get(p, LOSS) for name, p in self.named_parameters()}
 
 
 def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
@@ -101,7 +101,7 @@ def trained_parameters(model: CLIPModel) -> dict[str, nn.Parameter]:
 def count_parameters(model: CLIPModel) -> dict[str, int | float]:
     """Numbers of trained and of full (without adapters) parameters, reduction in per cent; both towers, and image."""
     counts, towers = {}, model.towers()
-    for tower, among in (("", {IMAGE, TEXT, LOGIT}), ("image_", {IMAGE})):
+    for tower, among in (("", {IMAGE, TEXT, LOSS}), ("image_", {IMAGE})):
         named = [(name, p) for name, p in model.named_parameters() if towers[name] in among]
         trained = sum(p.numel() for _, p in named if p.requires_grad)
         full = sum(p.numel() for name, p in named if ".parametrizations.weight.0." not in name)

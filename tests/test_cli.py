@@ -295,6 +295,17 @@ def test_a_recipe_sets_what_it_names_and_nothing_else(name, recipe):
     assert changed <= expected.keys()
 
 
+def test_outer_rates_are_the_recipes_with_its_own_optimizer_alone():
+    def rates(*argv):
+        args = distill.parse_args(["--recipe", *argv])
+        return [args.lr_img, args.lr_txt, args.lr_lr]
+
+    assert rates("portable") == rates("portable", "--optimizer", "adam") == [0.005, 0.1, 0.05]
+    assert rates("portable", "--optimizer", "sgd") == [1000, 1000, 0.01]
+    assert rates("heads", "--optimizer", "sgd") == [300, 300, 0.01]
+    assert rates("heads", "--optimizer", "adam") == rates("adam") == [0.03, 0.03, 0.02]
+
+
 def test_a_recipes_setting_that_is_no_flag_is_an_error(monkeypatch):
     monkeypatch.setitem(RECIPES["heads"], "distill.py", {"segmens": 4})
     with pytest.raises(ValueError, match="segmens, which distill.py has no flag for"):

@@ -15,6 +15,7 @@ from tests.conftest import QUICK_BUFFER, QUICK_DISTILL
 from tests.programs import error_line, score_sets, table
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils.experts import Trajectory
+from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
 from utils.sets import Pairs, SynSet, as_words, load_synset, mix, save_synset
 from utils.sets.mixtures import Mixture
@@ -81,6 +82,19 @@ def test_an_encoder_that_took_no_part_keeps_its_rates():
     alone = matching_gradient(*arguments)
     assert mean.gradient.syn_lr_img.tolist() == [0, alone.gradient.syn_lr_img.item(), 0]
     assert torch.equal(mean.gradient.image_syn, alone.gradient.image_syn)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_momentum_moves_no_rate_of_an_encoder_that_took_no_part(optimizer):
+    pairs = Pairs(torch.eye(3, 4), torch.randn(3, 5), torch.full((2,), 0.1), torch.full((2,), 0.1))
+    learner = PairLearner(pairs, lr_img=0.1, lr_txt=0.1, lr_lr=0.1, optimizer=optimizer)
+    for drawn in (0, 1):
+        rates = torch.zeros(2)
+        rates[drawn] = 0.3
+        before = pairs.syn_lr_img.detach().clone()
+        learner.step(Pairs(torch.zeros(3, 4), torch.zeros(3, 5), rates, rates.clone()))
+        moved = pairs.syn_lr_img.detach() != before
+        assert moved.tolist() == [drawn == 0, drawn == 1]
 
 
 def test_a_mixture_is_a_weighted_sum_of_the_usual_norm():
@@ -208,6 +222,7 @@ def test_settings_of_one_of_several_encoders():
         (["--image_checkpoint", "none"], ["1 values", "2 image encoders"]),
         (["--image_kwargs", "test_vit:x=1"], ["test_vit:x", "test_nfnet, test_resnet"]),
         (["--image_encoder", "test_nfnet", "test_vit"], ["no expert", "test_vit"]),
+        (["--encoders_per_step", 3], ["--encoders_per_step 3", "2 encoders"]),
         (["--pix_param", "mixture", "--pix_words", 2], ["--pix_words 2"]),
         (["--pix_param", "mixture", "--pix_words", 25], ["--pix_words 25", "24 pictures"]),
         (["--pix_param", "mixture", "--pix_init", "noise"], ["--pix_init noise"]),

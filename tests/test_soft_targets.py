@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import distill
-from networks.clip_model import LOGIT
+from networks.clip_model import LOSS
 from networks.loss import PairLoss
 from tests.programs import error_line, score_sets, table
 from tests.unroll import Problem, check_chunks, unroll_gradient
@@ -112,7 +112,7 @@ def test_a_model_of_siglip_starts_at_the_scale_and_bias_of_its_paper(features):
     model = Problem("test_nfnet", loss_type="SigLIP").model
     expected = PairLoss("SigLIP")(*features, None, torch.tensor(10.0, dtype=torch.float64).log(), torch.tensor(-10.0))
     assert model.loss(*features).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert [name for name, tower in model.towers().items() if tower == LOGIT] == ["logit_scale", "logit_bias"]
+    assert [name for name, tower in model.towers().items() if tower == LOSS] == ["logit_scale", "logit_bias"]
     rates = {group["lr"]: group["params"] for group in make_optimizer(model, 1.0, 2.0, 0, 0).param_groups}
     assert all(any(p is learned for p in rates[2.0]) for learned in (model.logit_scale, model.logit_bias))
     assert "logit_scale" not in dict(Problem("test_nfnet").model.named_parameters())

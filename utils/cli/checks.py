@@ -38,6 +38,10 @@ def check_encoders(args) -> None:
         raise InputError(f"--image_encoder names {', '.join(names)}; give each one once")
     if len(names) > 1 and args.image_trainable:
         raise InputError("several image encoders must be frozen; add --image_trainable False")
+    if getattr(args, "encoders_per_step", None) and args.encoders_per_step > len(names):
+        raise InputError(
+            f"--encoders_per_step {args.encoders_per_step} is more than the {len(names)} encoders; lower it"
+        )
     args_of_encoders(args)  # refuses checkpoints and arguments of none of them
     if getattr(args, "pix_param", "pixels") == "mixture":
         _check_mixture(args)

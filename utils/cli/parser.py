@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
     def _set_recipe(self, argv):
         """Defaults of the recipe and of the demo data, which are named on the command line.
 
-        A recipe's outer rates are those of its optimizer, SGD; another one has its own.
+        A recipe's outer rates are those of its optimizer; another one has its own.
         """
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--dataset", nargs="?")
@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         known = {action.dest for action in self._actions}
         if named.recipe in (None, *RECIPES):  # another one is refused when all is parsed
             defaults = recipe_defaults(self.prog, named.dataset, named.recipe)
-            if named.optimizer not in (None, self.get_default("optimizer")):
+            if named.optimizer not in (None, defaults.get("optimizer", self.get_default("optimizer"))):
                 defaults = {name: value for name, value in defaults.items() if name not in OUTER_RATES["sgd"]}
             # evaluate.py's recipe is the data set's own; loader processes are for those who train experts.
             if unknown := defaults.keys() - known - {"recipe", "num_workers"}:

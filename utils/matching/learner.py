@@ -98,6 +98,8 @@ class PairLearner:
                 self.named[name].copy_(self.moved[f"log_{name}"].exp())
             else:
                 self._limit_rate(name, before[name])
+            if before[name].ndim:
+                self._keep_idle(name, before[name], getattr(gradient, name) == 0)
         self.iteration += 1
         if self.ema_decay:
             newest = (1 - self.ema_decay) / (1 - self.ema_decay ** (self.iteration - self.phase_start))
@@ -116,6 +118,13 @@ class PairLearner:
 
     def _in_log(self, name: str) -> bool:
         return self.in_logs and name in RATES
+
+    def _keep_idle(self, name: str, before: Tensor, idle: Tensor) -> None:
+        """Undoes what momentum did to the rates of encoders that took no part in the iteration."""
+        self.named[name].copy_(torch.where(idle, before, self.named[name]))
+        if self.in_logs:
+            log = self.moved[f"log_{name}"]
+            log.copy_(torch.where(idle, before.log(), log))
 
     def _limit_rate(self, name: str, before: Tensor) -> None:
         rate = self.named[name]
