@@ -111,6 +111,13 @@ def parse_args(argv=None):
         help="also report the best of N looks at the test split while a network trains, which is how several published "
         "numbers were counted; a column of its own beside that of the last epoch",
     )
+    add_output_flags(parser)
+    usual = {key: parser.get_default(key) for key in PROTOCOL}
+    parser.set_defaults(image_encoder=None, **dict.fromkeys([*OF_ENCODER, *PROTOCOL]))
+    return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})
+
+
+def add_output_flags(parser: cli.Parser) -> None:
     output = parser.section("output").add_argument
     output("--markdown", metavar="FILE", help="write the table to this file")
     output("--json", metavar="FILE", help="write the numbers to this file")
@@ -122,15 +129,11 @@ def parse_args(argv=None):
         "them; a sub-folder for each of several sets",
     )
     output("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
-    usual = {key: parser.get_default(key) for key in PROTOCOL}
-    parser.set_defaults(image_encoder=None, **dict.fromkeys([*OF_ENCODER, *PROTOCOL]))
-    return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})
 
 
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    # By path, in the order of the table.
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
     if args.export or args.export_pt:
         if ranks.is_first():
@@ -145,7 +148,6 @@ def main(argv=None):
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
     print(describe_device(find_device(args)))
-    # Pictures and texts are the same in all rows.
     synsets, test, validation = open_splits(synsets, args)
 
     # A row for each encoder and set, and one for all data where its experts are there.
@@ -279,7 +281,6 @@ def row_of_experts(factory: ModelFactory, test, args, is_first: bool) -> dict | 
         print(f"no all-data row for {args.image_encoder}: {error}")
         return None
 
-    # One model takes the snapshots one after the other.
     def score_expert(expert) -> dict[str, float]:
         # Not strict: a snapshot holds what trained alone.
         model.load_state_dict(expert.snapshot(expert.epochs[-1]), strict=False)
