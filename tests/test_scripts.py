@@ -429,11 +429,6 @@ def test_missing_set_and_a_file_that_is_none(experts, tmp_path, capsys):
     assert f"{path} is not a set" in error_line(capsys, score_sets, "--synset", path)
 
 
-def test_set_of_another_text_encoder(run_evaluate, capsys):
-    line = error_line(capsys, run_evaluate, "--text_pooling", "cls")
-    assert "text_pooling=mean" in line and "text_pooling=cls" in line
-
-
 @pytest.mark.parametrize("flag", ["--image_encoder", "--text_encoder"])
 def test_unknown_encoder(run_buffer, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
