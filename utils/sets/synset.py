@@ -38,7 +38,7 @@ class SynSet:
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
         similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
         loss_type: what to train with, see `networks.loss.PairLoss`.
-        phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
+        phases: parts of the set that a model trains on one after the other, see `phase_rows`.
         mixture: what to train on in the place of image_syn, over a frozen image encoder; None for image_syn itself.
         rates: of a set that was learned through several image encoders, [syn_lr_img, syn_lr_txt] by their names.
         texts: where text_syn comes from; "learned" is from the file, for others see `utils.setup.texts`. Not saved.
