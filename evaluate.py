@@ -19,6 +19,7 @@ from utils.cli.checks import check_export, check_looks, check_texts
 from utils.cli.inheritance import (
     OF_ENCODER,
     PROTOCOL,
+    check_left_out,
     check_shared,
     check_widths,
     encoder_args,
@@ -73,7 +74,8 @@ def parse_args(argv=None):
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files that distill.py or coreset.py saved, or distilled_N.pt of LoRS, RepBlend or PTM-ST",
+        help="files that distill.py or coreset.py saved, folders that --export wrote, or distilled_N.pt of LoRS, "
+        "RepBlend or PTM-ST",
     )
     pairs("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
     pairs("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
@@ -118,8 +120,8 @@ def parse_args(argv=None):
     output(
         "--export",
         metavar="FOLDER",
-        help="write the sets' pictures (PNG), captions, embeddings and rates to this new folder instead of training on "
-        "them; a sub-folder for each of several sets",
+        help="write the set as pictures (PNG), captions, embeddings and how to train on them to this new folder, which "
+        "--synset reads, instead of training on it; a sub-folder for each of several sets",
     )
     output("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
     usual = {key: parser.get_default(key) for key in PROTOCOL}
@@ -142,6 +144,7 @@ def main(argv=None):
     check_looks(args)
     check_texts(args)
     check_shared(synsets, args)
+    check_left_out(synsets, args)
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
     print(describe_device(find_device(args)))
@@ -222,8 +225,8 @@ def export(synsets: dict[str, SynSet], args) -> None:
     if len(by_name) < len(synsets):  # one would overwrite the other
         raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
     export_sets(args.export, by_name)
-    pictures = sum(len(synset.captions) for synset in synsets.values())
-    print(f"{pictures} pictures with metadata.jsonl and texts.safetensors in {args.export}")
+    pairs = sum(len(synset.captions) for synset in synsets.values())
+    print(f"{pairs} pairs as pictures, captions and numbers in {args.export}")
 
 
 def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -> dict[str, SynSet]:

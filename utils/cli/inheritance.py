@@ -3,11 +3,12 @@
 import argparse
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 from data.errors import InputError
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
-from utils.sets import SynSet, is_released, load_synset
+from utils.sets import LEFT_OUT, SynSet, is_released, load_synset
 from utils.setup import encoder_names, settings_of_encoder
 
 # Settings of the first set that are this run's defaults.
@@ -109,6 +110,26 @@ def _check_shared(path: str, synset: SynSet, args) -> None:
             )
 
 
+def check_left_out(synsets: dict[str, SynSet], args) -> None:
+    """Raises InputError if the first set's folder left out paths that this run has no others for.
+
+    An image checkpoint is asked for by `encoder_args`, which knows the encoders.
+    """
+    path, synset = next(iter(synsets.items()))
+    left_out = synset.settings.get(LEFT_OUT, {})
+    encoder, pictures = Path(args.text_encoder).expanduser(), Path(args.image_root).expanduser()
+    if "text_encoder" in left_out and args.text_encoder == left_out["text_encoder"] and not encoder.is_dir():
+        raise InputError(
+            f"{path} was made with a text encoder in a folder {args.text_encoder}, whose place it does not say; "
+            "give it with --text_encoder"
+        )
+    if "image_root" in left_out and args.dataset != "demo" and not pictures.is_dir():
+        raise InputError(
+            f"{path} does not say where the pictures of {args.dataset} are, and {pictures} is no folder; give it "
+            "with --image_root, and that of the annotations with --ann_root"
+        )
+
+
 def check_widths(synsets: dict[str, SynSet], text_dim: int, args) -> None:
     """Raises InputError if a set's text embeddings are not the text encoder's."""
     for path, synset in synsets.items():
@@ -126,6 +147,8 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
     known = [settings for settings in known if "image_encoder" in settings]
     for name in args.image_encoder:
         made_with = next((settings for settings in known if name in encoder_names(settings)), None)
+        if made_with and not args.image_checkpoint:
+            made_with = _with_checkpoint(made_with, args)
         made_with = settings_of_encoder({**OF_ENCODER, **made_with}, name) if made_with else {}
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
         given = settings_of_encoder(vars(args), name)
@@ -134,3 +157,17 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
             values["image_checkpoint"] = given["image_checkpoint"]  # 'none' too
         by_encoder[name] = argparse.Namespace(**{**given, **values})
     return by_encoder
+
+
+def _with_checkpoint(settings: dict, args) -> dict:
+    """A set's settings with the demo's checkpoint where that was left out. Raises InputError for another one."""
+    names = settings.get(LEFT_OUT, {}).get("image_checkpoint")
+    if not names:
+        return settings
+    if args.dataset == "demo" and names == Path(DEMO_DATA["image_checkpoint"]).name:
+        return {**settings, "image_checkpoint": DEMO_DATA["image_checkpoint"]}
+    encoders, files = (" ".join(v if isinstance(v, list) else [v]) for v in (settings["image_encoder"], names))
+    raise InputError(
+        f"a set was made with the checkpoint {files} of {encoders}, whose place its folder does not say; give it with "
+        "--image_checkpoint, or none there for published weights"
+    )

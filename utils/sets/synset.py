@@ -10,6 +10,7 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.sets.folders import LEFT_OUT, read_folder
 from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
 from utils.sets.released import is_released, read_released
@@ -78,7 +79,8 @@ class SynSet:
         """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
         method = self.settings.get("method")
         if method in ("initial", "distilled images"):  # the texts are those that distillation started from
-            return self.settings.get("txt_init") != "noise" and not self.settings.get("init_set")
+            from_set = self.settings.get("init_set") or "init_set" in self.settings.get(LEFT_OUT, {})
+            return self.settings.get("txt_init") != "noise" and not from_set
         return method in REAL_PAIRS
 
     @property
@@ -160,12 +162,14 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
 
 
 def load_synset(path: str | Path) -> SynSet:
-    """Reads a set: one of ours, or, by the ending .pt or .pth, one in the form that `utils.sets.released` reads.
+    """Reads a set: a file or exported folder of ours or, by the ending .pt or .pth, what `utils.sets.released` reads.
 
     Raises:
         InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.
     """
-    tensors, metadata = read_released(path) if is_released(path) else _read(path)
+    is_folder = Path(path).is_dir()
+    read = read_folder if is_folder else read_released if is_released(path) else _read
+    tensors, metadata = read(path)
     names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(tensors)), ())
     similarity = tuple(tensors[name] for name in names)
     mixture = _read_mixture(path, tensors, metadata)
@@ -177,7 +181,7 @@ def load_synset(path: str | Path) -> SynSet:
     if not problem and not (isinstance(phases, int) and 1 <= phases <= len(metadata["captions"])):
         problem = f"its phases are {phases} for {len(metadata['captions'])} pairs"
     if problem:
-        advice = "give another file" if is_released(path) else "make it again"
+        advice = "export it again" if is_folder else "give another file" if is_released(path) else "make it again"
         raise InputError(f"{KIND} {path} is not whole: {problem}; {advice}")
     return SynSet(
         image_syn=tensors["image_syn"],

@@ -10,7 +10,16 @@ from data.pairs import PairDataset, load_images
 from data.transforms import normalize
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
-from utils.sets import Pairs, PictureForm, SynSet, as_words, initial_similarity, load_synset, read_words
+from utils.sets import (
+    Pairs,
+    PictureForm,
+    SynSet,
+    as_words,
+    initial_similarity,
+    load_synset,
+    read_words,
+    with_text_encoder,
+)
 from utils.setup.backbones import Backbone
 
 UNIT = (0.0,) * 3, (1.0,) * 3  # mean and std of pixels that several encoders share
@@ -113,7 +122,7 @@ def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
         ("text width", synset.text_syn.shape[1], text_dim),
         ("mean and std", (synset.mean, synset.std), tuple(map(tuple, space))),
     ]
-    made = synset.settings
+    made = with_text_encoder(synset.settings, args.text_encoder)
     parts += [(key, made[key], getattr(args, key)) for key in ("text_encoder", "text_pooling") if key in made]
     for name, found, wanted in parts:
         if found != wanted:
