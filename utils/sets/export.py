@@ -41,7 +41,8 @@ Method: {method}. Data set: {dataset}. Image encoder: {image_encoder}. Text enco
 `metadata.jsonl` has a picture and a caption for each pair: of learned texts the real caption nearest to it.
 `texts.safetensors` holds what is trained on: `text_syn` [{pairs}, {width}], embeddings of the frozen text encoder
 before a projection{more}. `set.json` says how: the rates of SGD for the image and the text tower (momentum 0.9, weight
-decay 5e-4, both × 0.1 after half the epochs), the loss, mean and std of the pixels, epochs and pairs per batch; and how the pairs were made.
+decay 5e-4, both × 0.1 after half the epochs), the loss, mean and std of the pixels, epochs and pairs per batch; and
+how the pairs were made.
 
 ```python
 from datasets import load_dataset
