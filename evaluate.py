@@ -20,6 +20,7 @@ from utils.cli.inheritance import (
     OF_ENCODER,
     PROTOCOL,
     check_left_out,
+    check_rates,
     check_shared,
     check_widths,
     encoder_args,
@@ -50,7 +51,7 @@ from utils.scoring import (
     mean_text,
     row_of_set,
 )
-from utils.sets import SynSet, export_released, export_sets
+from utils.sets import SynSet, export_released, export_sets, share_out_of_range
 from utils.setup import (
     find_device,
     find_split,
@@ -74,8 +75,8 @@ def parse_args(argv=None):
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files that distill.py or coreset.py saved, folders that --export wrote, or distilled_N.pt of LoRS, "
-        "RepBlend or PTM-ST",
+        help="files that distill.py or coreset.py saved, folders that --export wrote or that hold pictures "
+        "with captions (metadata.jsonl), or distilled_N.pt of LoRS, RepBlend or PTM-ST",
     )
     pairs("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
     pairs("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
@@ -145,6 +146,7 @@ def main(argv=None):
     check_texts(args)
     check_shared(synsets, args)
     check_left_out(synsets, args)
+    check_rates(synsets, args)
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
     print(describe_device(find_device(args)))
@@ -214,6 +216,9 @@ def open_splits(synsets: dict[str, SynSet], args) -> tuple[dict, tuple, tuple | 
 def export(synsets: dict[str, SynSet], args) -> None:
     """Writes the sets to --export, or the set to --export_pt. Raises InputError for flags and sets it cannot take."""
     check_export(args)
+    captioned = [path for path, synset in synsets.items() if synset.is_captioned]
+    if captioned:
+        raise InputError(f"{captioned[0]} is pictures with captions, without embeddings to export; give a set")
     # The form of LoRS is one file for one set, our own a folder that people can look through.
     if args.export_pt:
         ((path, synset),) = synsets.items()  # `check_export` saw that it is one
@@ -227,6 +232,11 @@ def export(synsets: dict[str, SynSet], args) -> None:
     export_sets(args.export, by_name)
     pairs = sum(len(synset.captions) for synset in synsets.values())
     print(f"{pairs} pairs as pictures, captions and numbers in {args.export}")
+    for path, synset in synsets.items():
+        if cut := share_out_of_range(synset):
+            print(
+                f"{path}: {100 * cut:.2g} % of the pixels' values are darker or brighter than a PNG can hold, and cut"
+            )
 
 
 def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -> dict[str, SynSet]:
@@ -239,6 +249,7 @@ def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -
 
     # Every set is tried with the same candidates: its own rates, the other sets', and the two grids.
     own = {path: Rates(synset.syn_lr_img, synset.syn_lr_txt) for path, synset in synsets.items()}
+    own = {path: None if None in rates else rates for path, rates in own.items()}
     best, lines = choose_rates(own, (args.grid_img, args.grid_txt), recall)
     for line in lines:
         print(line)

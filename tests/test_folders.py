@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torchvision.transforms.functional import pil_to_tensor
 
 import evaluate
+from data.annotations import clean_caption
+from networks.text_encoder import TextEncoder
 from tests.conftest import ENCODER_WEIGHTS
 from tests.programs import error_line, input_error, score_sets
 from utils.sets import SynSet, as_words, export_sets, load_synset, save_synset
@@ -221,6 +224,60 @@ def test_distillation_starts_from_a_folder(straight, folder, run_distill, tmp_pa
     start, given = load_synset(tmp_path / "r/iteration_000000.safetensors"), load_synset(straight / "last.safetensors")
     assert torch.equal(start.text_syn, given.text_syn)
     check_pixels(start, given)
+
+
+# ---- pictures with captions of another program
+
+
+@pytest.fixture
+def captioned(tiny_data, tmp_path):
+    """Six real pairs, of JPEG and PNG files."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    rows = json.loads((tiny_data / "tiny_train.json").read_text())[::5][:6]
+    lines = []
+    for i, row in enumerate(rows):
+        name = f"{i:04d}.{'jpg' if i % 2 else 'png'}"
+        Image.open(tiny_data / row["image"]).convert("L" if i == 2 else "RGB").save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": row["caption"].upper() + "."}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def encoders(tiny_argv):
+    return [*tiny_argv[: tiny_argv.index("--num_workers")], "--device", "cpu"]
+
+
+RATES = ["--syn_lr_img", "0.01", "--syn_lr_txt", "0.1"]
+
+
+def test_captions_of_another_program_are_embedded(captioned, encoders, straight, tmp_path, monkeypatch):
+    seen, score = [], evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda synset, *a, **k: seen.append(synset) or score(synset, *a, **k))
+    assert recall(tmp_path, captioned, *encoders, *RATES, "--report", tmp_path / "r.html")
+    (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert (row["method"], row["texts"], row["rates"]) == ("pictures with captions", "captions", [0.01, 0.1])
+    text_encoder = TextEncoder("demo", "mean")
+    captions = [clean_caption(json.loads(line)["text"]) for line in (captioned / "metadata.jsonl").open()]
+    assert torch.allclose(seen[0].text_syn, text_encoder.encode(captions), atol=1e-5)
+    with Image.open(captioned / "0000.png") as picture:
+        assert torch.equal((seen[0].image_syn[0] * 255).round().byte(), pil_to_tensor(picture))
+    argv = [captioned, straight / "last.safetensors", *encoders, "--tune_rates", "--grid_img", 0.02, "--grid_txt", 0.2]
+    assert len(recall(tmp_path, *argv)) == 2
+
+
+def test_captioned_pictures_do_not_stand_for_a_set(captioned, encoders, run_distill, tmp_path, capsys):
+    line = error_line(capsys, score_sets, "--synset", captioned, *encoders, "--syn_lr_img", 0.1)
+    assert str(captioned) in line and "--syn_lr_txt" in line and "--tune_rates" in line
+    line = error_line(capsys, score_sets, "--synset", captioned, "--export", tmp_path / "x")
+    assert str(captioned) in line and not (tmp_path / "x").exists()
+    line = error_line(capsys, run_distill, tmp_path / "r", "--Iteration", 0, "--init_set", captioned, "--no_draw")
+    assert str(captioned) in line and "without embeddings" in line
+    Image.new("RGB", (9, 9)).save(captioned / "0003.jpg")
+    assert "one size" in error_line(capsys, score_sets, "--synset", captioned, *encoders, *RATES)
+    (captioned / "metadata.jsonl").write_text("")
+    assert str(captioned) in error_line(capsys, score_sets, "--synset", captioned, *encoders, *RATES)
 
 
 # ---- wrong folders

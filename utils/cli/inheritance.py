@@ -8,7 +8,7 @@ from pathlib import Path
 from data.errors import InputError
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
-from utils.sets import LEFT_OUT, SynSet, is_released, load_synset
+from utils.sets import LEFT_OUT, SynSet, load_synset
 from utils.setup import encoder_names, settings_of_encoder
 
 # Settings of the first set that are this run's defaults.
@@ -35,15 +35,16 @@ def load_set(path: str) -> SynSet:
     """Reads a set. Raises InputError if it cannot be read, or is one of ours and does not say how it was made."""
     synset = load_synset(path)
     lacking = [key for key in MADE_WITH if key not in synset.settings]
-    if lacking and not is_released(path):
+    if lacking and not synset.is_from_elsewhere:
         raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
     return synset
 
 
 def settings_of_first_set(args) -> dict:
     """Defaults from the first set; the parser's own if that does not say how it was made."""
-    settings = load_set(args.synset[0]).settings
-    if is_released(args.synset[0]):
+    synset = load_set(args.synset[0])
+    settings = synset.settings
+    if synset.is_from_elsewhere:
         named = args.image_encoder or "nfnet"
         return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
     inherited = {key: settings[key] for key in INHERITED if key in settings}
@@ -97,8 +98,8 @@ def check_shared(synsets: dict[str, SynSet], args) -> None:
 
 
 def _check_shared(path: str, synset: SynSet, args) -> None:
-    if is_released(path):  # it does not say
-        if args.texts == "nearest":
+    if synset.is_from_elsewhere:  # it does not say
+        if args.texts == "nearest" and not synset.is_captioned:
             raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
         return
     made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
@@ -107,6 +108,15 @@ def _check_shared(path: str, synset: SynSet, args) -> None:
             raise InputError(
                 f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
                 "sets of one table share dataset and splits"
+            )
+
+
+def check_rates(synsets: dict[str, SynSet], args) -> None:
+    """Raises InputError if a set has no rates and this run none for it."""
+    for path, synset in synsets.items():
+        if None in (synset.syn_lr_img, synset.syn_lr_txt) and not args.tune_rates:
+            raise InputError(
+                f"{path} is pictures with captions, without rates; give --syn_lr_img and --syn_lr_txt, or --tune_rates"
             )
 
 

@@ -2,7 +2,8 @@
 
 `metadata.jsonl` has a line {"file_name", "text"} for each pair, as Hugging Face's image folders have; `set.json` says
 how to train on the pairs and how they were made; `texts.safetensors` holds the text embeddings, soft targets and
-weights of mixtures, whose real pictures are the files of `words`. `utils.sets.export` writes them.
+weights of mixtures, whose real pictures are the files of `words`. `utils.sets.export` writes them. A folder with the
+first of these files alone holds pairs of another program.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.annotations import clean_caption
 from data.errors import InputError
 from data.transforms import normalize
 from utils.files import open_tensors
@@ -32,6 +34,8 @@ PATHS = (
 LEFT_OUT = "left_out"
 LOCAL = re.compile(r"(?:^|:)(?:~|\.{1,2})?[\\/]|^[A-Za-z]:[\\/]")  # how absolute paths and those from here begin
 ADVICE = "export the set again"
+CAPTIONED = "pictures with captions"  # the method of pairs of another program
+UNIT = [0.0] * 3, [1.0] * 3  # their mean and std: pixels as they are
 
 
 def without_paths(settings: dict) -> dict:
@@ -76,9 +80,11 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of such a folder by the names of a set's file, whose fit is not yet checked.
 
     Raises:
-        InputError: the folder is not one of ours, a file of it is missing or damaged, or its lines are not its pairs.
+        InputError: the folder is none of these, a file of it is missing or damaged, or its lines are not its pairs.
     """
     folder = Path(folder)
+    if (folder / LINES).exists() and not any((folder / name).exists() for name in (ABOUT, TENSORS)):
+        return _read_captioned(folder)
     about = _read_about(folder)
     handle, _ = open_tensors(folder / TENSORS, TENSORS_KIND, (), ("text_syn",))
     tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, a handle is no dict
@@ -104,6 +110,15 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
         tensors["image_syn"] = normalize(_read_pictures(pictures), training["mean"], training["std"])
     rest = {key: about[key] for key in ("files", "scores") if key in about}
     return tensors, {**training, **rest, "captions": [line["text"] for line in lines], "settings": settings}
+
+
+def _read_captioned(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Pairs of another program: without rates, and with texts [M, 1] of zeros until their captions are embedded."""
+    lines = _read_lines(folder)
+    pictures = _read_pictures([folder / line["file_name"] for line in lines], "give whole pictures of one size")
+    tensors = {"image_syn": normalize(pictures, *UNIT), "text_syn": torch.zeros(len(lines), 1)}
+    captions = [clean_caption(line["text"]) for line in lines]
+    return tensors, {"captions": captions, "mean": UNIT[0], "std": UNIT[1], "settings": {"method": CAPTIONED}}
 
 
 def _read_about(folder: Path) -> dict:
@@ -163,7 +178,7 @@ def _read_word(path: Path) -> Tensor:
         raise InputError(f"picture {path} cannot be read ({error}); {ADVICE}") from error
 
 
-def _read_pictures(paths: list[Path]) -> Tensor:
+def _read_pictures(paths: list[Path], advice: str = ADVICE) -> Tensor:
     """uint8 [M, 3, H, W]."""
     pictures = []
     for path in paths:
@@ -171,8 +186,8 @@ def _read_pictures(paths: list[Path]) -> Tensor:
             with Image.open(path) as picture:
                 pictures.append(np.array(picture.convert("RGB")))
         except (OSError, ValueError, SyntaxError) as error:  # the last for a damaged PNG
-            raise InputError(f"picture {path} cannot be read ({error}); {ADVICE}") from error
+            raise InputError(f"picture {path} cannot be read ({error}); {advice}") from error
         if pictures[-1].shape != pictures[0].shape:
             sizes = " and ".join(f"{width} x {height}" for height, width, _ in (pictures[-1].shape, pictures[0].shape))
-            raise InputError(f"picture {path} and the first one are {sizes} pixels large; {ADVICE}")
+            raise InputError(f"picture {path} and the first one are {sizes} pixels large; {advice}")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else torch.zeros(0, 3, 1, 1)

@@ -10,10 +10,10 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
-from utils.sets.folders import LEFT_OUT, read_folder
+from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
 from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
-from utils.sets.released import is_released, read_released
+from utils.sets.released import METHOD, is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
 KIND = "set of pairs"
@@ -32,7 +32,7 @@ class SynSet:
         image_syn: [M, 3, H, W], pixels normalised with mean and std; with `mixture` those that it started from.
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
         syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with; of a set that was learned through
-            several image encoders the geometric means of theirs, see `for_encoder`.
+            several image encoders the geometric means of theirs, see `for_encoder`; None of pairs without rates.
         captions: the nearest real caption of each row of text_syn; of real pairs, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
@@ -47,8 +47,8 @@ class SynSet:
 
     image_syn: torch.Tensor
     text_syn: torch.Tensor
-    syn_lr_img: float
-    syn_lr_txt: float
+    syn_lr_img: float | None
+    syn_lr_txt: float | None
     captions: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -75,13 +75,23 @@ class SynSet:
         return pictures + self.text_syn.nbytes + sum(part.nbytes for part in self.similarity)
 
     @property
+    def is_captioned(self) -> bool:
+        """Whether it is pictures with captions of another program, without embeddings and rates."""
+        return self.settings.get("method") == CAPTIONED
+
+    @property
+    def is_from_elsewhere(self) -> bool:
+        """Whether another program made it, so that it does not say how."""
+        return self.is_captioned or self.settings.get("method") == METHOD
+
+    @property
     def texts_are_captions(self) -> bool:
         """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
         method = self.settings.get("method")
         if method in ("initial", "distilled images"):  # the texts are those that distillation started from
             from_set = self.settings.get("init_set") or "init_set" in self.settings.get(LEFT_OUT, {})
             return self.settings.get("txt_init") != "noise" and not from_set
-        return method in REAL_PAIRS
+        return self.is_captioned or method in REAL_PAIRS
 
     @property
     def targets(self) -> torch.Tensor | None:
@@ -186,8 +196,7 @@ def load_synset(path: str | Path) -> SynSet:
     return SynSet(
         image_syn=tensors["image_syn"],
         text_syn=tensors["text_syn"],
-        syn_lr_img=tensors["syn_lr_img"].item(),
-        syn_lr_txt=tensors["syn_lr_txt"].item(),
+        **{name: tensors[name].item() if name in tensors else None for name in ("syn_lr_img", "syn_lr_txt")},
         captions=metadata["captions"],
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
@@ -237,7 +246,7 @@ def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
         return f"it has {len(image_syn)} pictures, {len(text_syn)} texts and {len(captions)} captions"
     if not (image_syn.is_floating_point() and text_syn.is_floating_point()):
         return f"image_syn is {image_syn.dtype} and text_syn is {text_syn.dtype} instead of floats"
-    for name in ("syn_lr_img", "syn_lr_txt"):
+    for name in (name for name in ("syn_lr_img", "syn_lr_txt") if name in tensors):
         rate = tensors[name]
         if rate.numel() != 1 or not 0 < rate.item() < math.inf:
             return f"{name} is {rate.tolist()} instead of one positive number"
