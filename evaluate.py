@@ -19,6 +19,8 @@ from utils.cli.checks import check_export, check_looks, check_texts
 from utils.cli.inheritance import (
     OF_ENCODER,
     PROTOCOL,
+    check_left_out,
+    check_rates,
     check_shared,
     check_widths,
     encoder_args,
@@ -49,7 +51,7 @@ from utils.scoring import (
     mean_text,
     row_of_set,
 )
-from utils.sets import SynSet, export_released, export_sets
+from utils.sets import SynSet, export_released, export_sets, share_out_of_range
 from utils.setup import (
     find_device,
     find_split,
@@ -73,7 +75,8 @@ def parse_args(argv=None):
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files that distill.py or coreset.py saved, or distilled_N.pt of LoRS, RepBlend or PTM-ST",
+        help="files that distill.py or coreset.py saved, folders that --export wrote or that hold pictures "
+        "with captions (metadata.jsonl), or distilled_N.pt of LoRS, RepBlend or PTM-ST",
     )
     pairs("--syn_lr_img", type=cli.positive, help="rate of the image tower instead of the set's own")
     pairs("--syn_lr_txt", type=cli.positive, help="rate of the text tower instead of the set's own")
@@ -125,8 +128,8 @@ def add_output_flags(parser: cli.Parser) -> None:
     output(
         "--export",
         metavar="FOLDER",
-        help="write the sets' pictures (PNG), captions, embeddings and rates to this new folder instead of training on "
-        "them; a sub-folder for each of several sets",
+        help="write the set as pictures (PNG), captions, embeddings and how to train on them to this new folder, which "
+        "--synset reads, instead of training on it; a sub-folder for each of several sets",
     )
     output("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
 
@@ -145,6 +148,8 @@ def main(argv=None):
     check_looks(args)
     check_texts(args)
     check_shared(synsets, args)
+    check_left_out(synsets, args)
+    check_rates(synsets, args)
     by_encoder = encoder_args(args, list(synsets.values()))
     check_outputs(args)
     print(describe_device(find_device(args)))
@@ -213,6 +218,9 @@ def open_splits(synsets: dict[str, SynSet], args) -> tuple[dict, tuple, tuple | 
 def export(synsets: dict[str, SynSet], args) -> None:
     """Writes the sets to --export, or the set to --export_pt. Raises InputError for flags and sets it cannot take."""
     check_export(args)
+    captioned = [path for path, synset in synsets.items() if synset.is_captioned]
+    if captioned:
+        raise InputError(f"{captioned[0]} is pictures with captions, without embeddings to export; give a set")
     # The form of LoRS is one file for one set, our own a folder that people can look through.
     if args.export_pt:
         ((path, synset),) = synsets.items()  # `check_export` saw that it is one
@@ -224,8 +232,13 @@ def export(synsets: dict[str, SynSet], args) -> None:
     if len(by_name) < len(synsets):  # one would overwrite the other
         raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
     export_sets(args.export, by_name)
-    pictures = sum(len(synset.captions) for synset in synsets.values())
-    print(f"{pictures} pictures with metadata.jsonl and texts.safetensors in {args.export}")
+    pairs = sum(len(synset.captions) for synset in synsets.values())
+    print(f"{pairs} pairs as pictures, captions and numbers in {args.export}")
+    for path, synset in synsets.items():
+        if cut := share_out_of_range(synset):
+            print(
+                f"{path}: {100 * cut:.2g} % of the pixels' values are darker or brighter than a PNG can hold, and cut"
+            )
 
 
 def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -> dict[str, SynSet]:
@@ -238,6 +251,7 @@ def tuned(synsets: dict[str, SynSet], validation, factory: ModelFactory, args) -
 
     # Every set is tried with the same candidates: its own rates, the other sets', and the two grids.
     own = {path: Rates(synset.syn_lr_img, synset.syn_lr_txt) for path, synset in synsets.items()}
+    own = {path: None if None in rates else rates for path, rates in own.items()}
     best, lines = choose_rates(own, (args.grid_img, args.grid_txt), recall)
     for line in lines:
         print(line)

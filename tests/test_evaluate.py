@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 
 import numpy as np
@@ -164,11 +165,11 @@ def check_folder(folder, synset):
         assert np.abs(stored - expected).max() < 0.501
     with safe_open(folder / "texts.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("text_syn"), synset.text_syn)
-        rates = [file.get_tensor(name).item() for name in ("syn_lr_img", "syn_lr_txt")]
-        assert json.loads(file.metadata()["std"]) == list(synset.std)
-    assert rates == pytest.approx([synset.syn_lr_img, synset.syn_lr_txt])
-    names = {"metadata.jsonl", "texts.safetensors", *(line["file_name"] for line in lines)}
-    assert set(os.listdir(folder)) == names and len(names) == 2 + len(lines)
+    training = json.loads((folder / "set.json").read_text(encoding="utf-8"))["training"]
+    assert (training["syn_lr_img"], training["syn_lr_txt"]) == (synset.syn_lr_img, synset.syn_lr_txt)
+    assert training["std"] == list(synset.std)
+    names = {"metadata.jsonl", "texts.safetensors", "set.json", "README.md", *(line["file_name"] for line in lines)}
+    assert set(os.listdir(folder)) == names and len(names) == 4 + len(lines)
 
 
 def test_export_of_one_set_needs_nothing_but_the_file(straight, tmp_path, capsys, monkeypatch):
@@ -182,7 +183,9 @@ def test_export_of_one_set_needs_nothing_but_the_file(straight, tmp_path, capsys
     for folder in ("new/pictures", "empty"):
         assert evaluate.main(["--synset", "set.safetensors", "--export", folder]) == 0
         check_folder(tmp_path / folder, synset)
-        assert capsys.readouterr().out == f"6 pictures with metadata.jsonl and texts.safetensors in {folder}\n"
+        said, cut = capsys.readouterr().out.splitlines()
+        assert said == f"6 pairs as pictures, captions and numbers in {folder}"
+        assert re.fullmatch(r"set.safetensors: \d+ % of the pixels' values are darker or brighter .* cut", cut)
     assert sorted(os.listdir(tmp_path)) == ["empty", "new", "set.safetensors"]
 
 

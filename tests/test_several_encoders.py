@@ -138,7 +138,7 @@ def test_experts_of_each_encoder_by_one_command(two):
 
 
 @pytest.mark.parametrize("more", [[], MIXTURE, ["--text_only"], ["--encoders_per_step", "1"]])
-def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tmp_path, capsys, more):
+def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp_path, capsys, more):
     assert run(tmp_path / "a", "--report", *more) == 0
     page = json.loads((tmp_path / "a/report.json").read_text())
     encoders = [row["image_encoder"] for row in page["test"] if row["set"].startswith("best")]
@@ -165,6 +165,11 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tmp_path, caps
     assert [row["rates"] for row in rows] == [pytest.approx(a.rates[row["image_encoder"]]) for row in rows]
     assert {row["pictures"] for row in rows} == {10 if more == MIXTURE else len(a.captions)}
     assert len(table(capsys.readouterr().out)[1]) == 2
+    if more == MIXTURE:  # its folder holds what its file does
+        assert score_sets("--synset", tmp_path / "a/last.safetensors", "--export", tmp_path / "f") == 0
+        places = "--image_root", tiny_data, "--ann_root", tiny_data
+        assert score_sets("--synset", tmp_path / "f", *places, "--json", numbers) == 0
+        assert json.loads(numbers.read_text())["rows"] == [{**row, "set": str(tmp_path / "f")} for row in rows]
 
 
 def test_texts_alone_need_no_pixel_gradient_and_give_the_same_texts(run, tmp_path, monkeypatch):

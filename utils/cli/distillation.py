@@ -41,7 +41,9 @@ def _add_pair_flags(parser: Parser) -> None:
         "or from noise",
     )
     add("--txt_init", choices=("real", "noise"), default="real", help="texts start from the pairs' captions or noise")
-    add("--init_set", metavar="FILE", help="start from the pictures and texts of this set")
+    add(
+        "--init_set", metavar="FILE", help="start from the pictures and texts of this set, a file or an exported folder"
+    )
     add(
         "--pix_param",
         choices=("pixels", "mixture"),

@@ -3,11 +3,12 @@
 import argparse
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 from data.errors import InputError
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
-from utils.sets import SynSet, is_released, load_synset
+from utils.sets import LEFT_OUT, SynSet, load_synset
 from utils.setup import encoder_names, settings_of_encoder
 
 # Settings of the first set that are this run's defaults.
@@ -34,15 +35,16 @@ def load_set(path: str) -> SynSet:
     """Reads a set. Raises InputError if it cannot be read, or is one of ours and does not say how it was made."""
     synset = load_synset(path)
     lacking = [key for key in MADE_WITH if key not in synset.settings]
-    if lacking and not is_released(path):
+    if lacking and not synset.is_from_elsewhere:
         raise InputError(f"{path} lacks {', '.join(lacking)} among its settings; make it again")
     return synset
 
 
 def settings_of_first_set(args) -> dict:
     """Defaults from the first set; the parser's own if that does not say how it was made."""
-    settings = load_set(args.synset[0]).settings
-    if is_released(args.synset[0]):
+    synset = load_set(args.synset[0])
+    settings = synset.settings
+    if synset.is_from_elsewhere:
         named = args.image_encoder or "nfnet"
         return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
     inherited = {key: settings[key] for key in INHERITED if key in settings}
@@ -96,8 +98,8 @@ def check_shared(synsets: dict[str, SynSet], args) -> None:
 
 
 def _check_shared(path: str, synset: SynSet, args) -> None:
-    if is_released(path):  # it does not say
-        if args.texts == "nearest":
+    if synset.is_from_elsewhere:  # it does not say
+        if args.texts == "nearest" and not synset.is_captioned:
             raise InputError(f"{path} holds no captions, which --texts nearest would embed; leave that out")
         return
     made_with = {"split_seed": args.split_seed, **synset.settings}  # sets from before that flag do not say
@@ -107,6 +109,35 @@ def _check_shared(path: str, synset: SynSet, args) -> None:
                 f"{path} was made with {key}={made_with.get(key)}, this run has {key}={getattr(args, key)}; "
                 "sets of one table share dataset and splits"
             )
+
+
+def check_rates(synsets: dict[str, SynSet], args) -> None:
+    """Raises InputError if a set has no rates and this run none for it."""
+    for path, synset in synsets.items():
+        if None in (synset.syn_lr_img, synset.syn_lr_txt) and not args.tune_rates:
+            raise InputError(
+                f"{path} is pictures with captions, without rates; give --syn_lr_img and --syn_lr_txt, or --tune_rates"
+            )
+
+
+def check_left_out(synsets: dict[str, SynSet], args) -> None:
+    """Raises InputError if the first set's folder left out paths that this run has no others for.
+
+    An image checkpoint is asked for by `encoder_args`, which knows the encoders.
+    """
+    path, synset = next(iter(synsets.items()))
+    left_out = synset.settings.get(LEFT_OUT, {})
+    encoder, pictures = Path(args.text_encoder).expanduser(), Path(args.image_root).expanduser()
+    if "text_encoder" in left_out and args.text_encoder == left_out["text_encoder"] and not encoder.is_dir():
+        raise InputError(
+            f"{path} was made with a text encoder in a folder {args.text_encoder}, whose place it does not say; "
+            "give it with --text_encoder"
+        )
+    if "image_root" in left_out and args.dataset != "demo" and not pictures.is_dir():
+        raise InputError(
+            f"{path} does not say where the pictures of {args.dataset} are, and {pictures} is no folder; give it "
+            "with --image_root, and that of the annotations with --ann_root"
+        )
 
 
 def check_widths(synsets: dict[str, SynSet], text_dim: int, args) -> None:
@@ -126,6 +157,8 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
     known = [settings for settings in known if "image_encoder" in settings]
     for name in args.image_encoder:
         made_with = next((settings for settings in known if name in encoder_names(settings)), None)
+        if made_with and not args.image_checkpoint:
+            made_with = _with_checkpoint(made_with, args)
         made_with = settings_of_encoder({**OF_ENCODER, **made_with}, name) if made_with else {}
         values = {key: made_with.get(key, value) for key, value in OF_ENCODER.items()}
         given = settings_of_encoder(vars(args), name)
@@ -134,3 +167,17 @@ def encoder_args(args, synsets: list[SynSet]) -> dict[str, argparse.Namespace]:
             values["image_checkpoint"] = given["image_checkpoint"]  # 'none' too
         by_encoder[name] = argparse.Namespace(**{**given, **values})
     return by_encoder
+
+
+def _with_checkpoint(settings: dict, args) -> dict:
+    """A set's settings with the demo's checkpoint where that was left out. Raises InputError for another one."""
+    names = settings.get(LEFT_OUT, {}).get("image_checkpoint")
+    if not names:
+        return settings
+    if args.dataset == "demo" and names == Path(DEMO_DATA["image_checkpoint"]).name:
+        return {**settings, "image_checkpoint": DEMO_DATA["image_checkpoint"]}
+    encoders, files = (" ".join(v if isinstance(v, list) else [v]) for v in (settings["image_encoder"], names))
+    raise InputError(
+        f"a set was made with the checkpoint {files} of {encoders}, whose place its folder does not say; give it with "
+        "--image_checkpoint, or none there for published weights"
+    )

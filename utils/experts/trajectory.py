@@ -194,7 +194,7 @@ def check_epochs(
     """Raises InputError if an expert lacks a snapshot that matching reads.
 
     Args:
-        phases: see `utils.sets.phases`; each starts an epoch later than the one before it.
+        phases: see `phase_rows`; each starts an epoch later than the one before it.
         shortcut: last epoch of the `Shortcut` of the experts that is matched, if one is.
     """
     starts = phases - 1 + max_start_epoch

@@ -20,7 +20,7 @@ class Draws:
         max_start_epoch: students start below this epoch.
         expert_epochs: from the start to the target.
         batch_order: see `draw_batches`.
-        phases: of the pairs, see `utils.sets.phases`; number p is drawn alone, its students start p epochs later.
+        phases: of the pairs, see `phase_rows`; number p is drawn alone, its students start p epochs later.
         iterations: all together; each phase has an equal part of them.
         segments: that an iteration matches.
     """

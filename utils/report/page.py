@@ -80,10 +80,16 @@ def write_table_page(path: Path, sets: list[Path], rows: list[dict], command: st
         "table_note": "Rates: of the image and of the text tower.",
     }
     context["files"] = [
-        {"name": str(f), "what": f"{len(s.captions)} pairs", "size": f.stat().st_size} for f, s in loaded.items()
+        {"name": str(f), "what": f"{len(s.captions)} pairs", "size": _size(f)} for f, s in loaded.items()
     ]
     rows = [{**row, "set": row["set"] if row["set"] == row["method"] else _name(row["set"], row)} for row in rows]
     save_text(path, _render(groups, main.settings, rows, context))
+
+
+def _size(path: Path) -> int:
+    """Of a file, or of all files of a folder, in bytes."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _name(file: str | Path, made: dict) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.report.folder import History
 from utils.scoring import BEST_LOOK, mean_text, rates_text
+from utils.sets import LEFT_OUT
 
 RECALL_COLUMNS = {
     **{"txt_r1": "TR@1", "txt_r5": "TR@5", "txt_r10": "TR@10"},
@@ -76,6 +77,8 @@ def _start(settings: dict) -> str:
     def of(key, noun):
         if settings.get(key) == "noise":
             return f"noise for {noun}"
+        if "init_set" in settings.get(LEFT_OUT, {}):  # of an exported folder
+            return f"the {noun} of another set"
         return f"the {noun} of {{init_set}}" if settings.get("init_set") else f"real {noun}"
 
     prototypes = ", of the pairs nearest to the centres of k-means" if settings.get("pix_init") == "kmeans" else ""

@@ -22,7 +22,7 @@ class Rates(NamedTuple):
 
 
 def choose_rates(
-    own: dict[str, Rates], grids: tuple[Sequence[float], Sequence[float]], recall: Callable[[str, Rates], float]
+    own: dict[str, Rates | None], grids: tuple[Sequence[float], Sequence[float]], recall: Callable[[str, Rates], float]
 ) -> tuple[dict[str, Rates], list[str]]:
     """The best rates of each set by its name, and lines about what did not go well.
 
@@ -30,7 +30,7 @@ def choose_rates(
     best at the edge of a grid of several values, that grid gets one more value there, for all sets.
 
     Args:
-        own: each set's own rates.
+        own: each set's own rates; None where it has none.
         grids: image rates and text rates.
         recall: of a network trained on the set of this name with these rates; the ranks share the calls.
 
@@ -41,7 +41,7 @@ def choose_rates(
     found: dict[str, dict[Rates, float]] = {name: {} for name in own}
     lines = []
     for extension in range(EXTENSIONS + 1):
-        candidates = dict.fromkeys([*own.values(), *itertools.starmap(Rates, itertools.product(*grids))])
+        candidates = dict.fromkeys([*filter(None, own.values()), *itertools.starmap(Rates, itertools.product(*grids))])
         new = [(name, rates) for name in own for rates in candidates if rates not in found[name]]
         recalls = ranks.spread(lambda candidate: _finite(recall, *candidate), new)
         for (name, rates), value in zip(new, recalls, strict=True):

@@ -1,10 +1,10 @@
 """A set of pairs: what is learned, its file and those of other programs, its pictures, its similarity and phases."""
 
 from utils.sets.export import export_released, export_sets
+from utils.sets.folders import LEFT_OUT, with_text_encoder
 from utils.sets.mixtures import PictureForm, as_words, mix, read_words
-from utils.sets.pairs import BATCH_ORDERS, Pairs, draw_batches, rows_on
-from utils.sets.phases import phase_rows
-from utils.sets.pictures import before_and_after, fit_images, picture_grid
+from utils.sets.pairs import BATCH_ORDERS, Pairs, draw_batches, phase_rows, rows_on
+from utils.sets.pictures import before_and_after, fit_images, picture_grid, share_out_of_range
 from utils.sets.released import is_released
 from utils.sets.similarity import SIM_TYPES, initial_similarity, similarity_matrix
 from utils.sets.synset import MADE_TEXTS, REAL_PAIRS, SynSet, as_synset, load_synset, save_synset

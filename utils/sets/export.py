@@ -10,20 +10,63 @@ from PIL import Image
 
 from data.errors import InputError
 from utils.files import save_tensors, save_torch
+from utils.sets.folders import (
+    ABOUT,
+    KIND,
+    LINES,
+    PARTS,
+    SCORED_BY,
+    TENSORS,
+    TENSORS_KIND,
+    WORDS,
+    last_names,
+    without_paths,
+)
 from utils.sets.pictures import fit_images, pixels_of
 from utils.sets.released import MEAN, STD
+from utils.sets.similarity import similarity_names
 from utils.sets.synset import SynSet
 
-KIND = "texts and rates of exported pairs"
+CARD = """---
+configs:
+- config_name: default
+  data_files: ["metadata.jsonl", "*.png"]
+---
+# {pairs} pairs of pictures and texts
+
+Method: {method}. Data set: {dataset}. Image encoder: {image_encoder}. Text encoder: {text_encoder}.
+
+{what}
+
+`metadata.jsonl` has a picture and a caption for each pair: of learned texts the real caption nearest to it.
+`texts.safetensors` holds what is trained on: `text_syn` [{pairs}, {width}], embeddings of the frozen text encoder
+before a projection{more}. `set.json` says how: the rates of SGD for the image and the text tower (momentum 0.9, weight
+decay 5e-4, both × 0.1 after half the epochs), the loss, mean and std of the pixels, epochs and pairs per batch; and
+how the pairs were made.
+
+```python
+from datasets import load_dataset
+
+pairs = load_dataset("imagefolder", data_dir="FOLDER"{data_files})
+```
+
+```
+python evaluate.py --synset FOLDER --image_root PICTURES --ann_root ANNOTATIONS
+```
+"""
+OF_PIXELS = "The pictures are PNG files of 8 bits."
+OF_MIXTURES = (
+    "The pictures are mixtures: rows of `pix_weights` [{pairs}, {pictures}] over the {pictures} real pictures in "
+    "`words`, mixed after a frozen image encoder and scaled to the mean norm of its features. The PNG files are those "
+    "that the mixtures started from."
+)
 
 
 def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
-    """Writes each set's pictures, captions, text embeddings and rates; a sub-folder per set where there are several.
+    """Writes each set as a folder, which `load_synset` reads; a sub-folder per set where there are several.
 
-    A set's folder holds a PNG for each picture, `metadata.jsonl` with a line {"file_name", "text"} for each (the layout
-    of Hugging Face's image folders), and `texts.safetensors`: text_syn [M, D_text], syn_lr_img and syn_lr_txt, with
-    captions, mean, std and settings in its metadata. Pixels are rounded to 8 bits. `folder` appears only when
-    everything is in it.
+    A set's folder is as `utils.sets.folders` says, with a PNG for each pair and a README.md beside. Pixels are rounded
+    to 8 bits, all else is exact; paths of this machine are left out. `folder` appears only when everything is in it.
 
     Args:
         synsets: by the name of the sub-folder, which does not matter for one alone.
@@ -53,10 +96,47 @@ def _write_set(folder: Path, synset: SynSet) -> None:
         name = f"{i:06d}.png"
         Image.fromarray(pixels).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    rates = {name: torch.tensor(getattr(synset, name)) for name in ("syn_lr_img", "syn_lr_txt")}
-    named = {key: getattr(synset, key) for key in ("captions", "mean", "std", "settings")}
-    save_tensors(folder / "texts.safetensors", {"text_syn": synset.text_syn, **rates}, {"kind": KIND, **named})
+    (folder / LINES).write_text("".join(lines), encoding="utf-8")
+    tensors = {"text_syn": synset.text_syn}
+    tensors |= dict(zip(similarity_names(synset.similarity), synset.similarity, strict=True))
+    if synset.mixture:
+        tensors["pix_weights"] = synset.mixture.weights.half()
+        (folder / WORDS).mkdir()
+        for i, word in enumerate(synset.mixture.words):  # as they are: another JPEG file of them would differ
+            (folder / WORDS / f"{i:06d}.jpg").write_bytes(word.numpy().tobytes())
+    save_tensors(folder / TENSORS, tensors, {"kind": TENSORS_KIND})
+    about = _about(synset)
+    (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(synset, about), encoding="utf-8")
+
+
+def _about(synset: SynSet) -> dict:
+    """What set.json says."""
+    settings = without_paths(synset.settings)
+    training = {key: getattr(synset, key) for key in PARTS}
+    training |= {name: settings.pop(flag) for name, flag in SCORED_BY.items() if flag in settings}
+    return {
+        "kind": KIND,
+        "pairs": len(synset.captions),
+        "pictures": len(synset.mixture.words if synset.mixture else synset.captions),
+        "training": training,
+        "settings": settings,
+        "files": last_names(synset.files),
+        "scores": synset.scores,
+    }
+
+
+def _card(synset: SynSet, about: dict) -> str:
+    names = ("method", "dataset", "image_encoder", "text_encoder")
+    made = {name: about["settings"].get(name, "not known") for name in names}
+    if isinstance(made["image_encoder"], list):
+        made["image_encoder"] = ", ".join(made["image_encoder"])
+    sizes = {key: about[key] for key in ("pairs", "pictures")}
+    data_files = ', data_files=["metadata.jsonl", "*.png"]' if synset.mixture else ""
+    what = (OF_MIXTURES if synset.mixture else OF_PIXELS).format(**sizes)
+    more = ", and the parts of the soft targets" if synset.similarity else ""
+    width = synset.text_syn.shape[1]
+    return CARD.format(**sizes, **made, what=what, more=more, width=width, data_files=data_files)
 
 
 def export_released(path: str | Path, synset: SynSet) -> None:

@@ -62,8 +62,13 @@ def as_words(pictures: Tensor) -> list[Tensor]:
 
 
 def read_words(words: Sequence[Tensor]) -> Tensor:
-    """The pictures uint8 [N, 3, H, W] of JPEG files. Raises OSError for what is none."""
-    pictures = [np.asarray(Image.open(io.BytesIO(word.numpy().tobytes()))) for word in words]
+    """The pictures uint8 [N, 3, H, W] of JPEG files. Raises OSError, with its number, for what is none."""
+    pictures = []
+    for number, word in enumerate(words):
+        try:
+            pictures.append(np.asarray(Image.open(io.BytesIO(word.numpy().tobytes()))))
+        except OSError as error:
+            raise OSError(f"picture {number}: {error}") from error
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 

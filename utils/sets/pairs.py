@@ -1,4 +1,4 @@
-"""What is learned, and which of it each student step sees."""
+"""What is learned, and which of it each student step and each phase sees."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,3 +65,12 @@ def rows_on(device: torch.device, batches: Sequence[Tensor]) -> list[Tensor]:
     rows = torch.cat(list(batches))
     rows = rows.pin_memory() if device.type == "cuda" else rows
     return list(rows.to(device, non_blocking=True).split([len(batch) for batch in batches]))
+
+
+def phase_rows(num_pairs: int, phases: int) -> list[Tensor]:
+    """Indices of each phase's pairs, as equal in number as may be.
+
+    Phases are consecutive parts of a set, each learned from later epochs of the experts than the one before it:
+    "progressive trajectory matching" (PTM-ST, ICLR 2026); there each phase is a run of its own with its own rates.
+    """
+    return list(torch.arange(num_pairs).tensor_split(phases))

@@ -17,6 +17,13 @@ def pixels_of(synset: SynSet) -> np.ndarray:
     return _as_bytes(_pixels(synset))
 
 
+def share_out_of_range(synset: SynSet) -> float:
+    """Of the pixels' values, those that 8 bits cannot hold to half a step, in 0 to 1."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (synset.mean, synset.std))
+    values = synset.image_syn.detach().float().cpu() * std + mean
+    return ((values - values.clamp(0, 1)).abs() > 1 / 510).float().mean().item()
+
+
 def fit_images(synset: SynSet, image_size: int, mean, std) -> torch.Tensor:
     """The set's pictures for an encoder: resized to [M, 3, image_size, image_size], normalised with its mean, std.
 

@@ -24,7 +24,7 @@ NAMES = {"image": "image_syn", "text": "text_syn", "syn_lr_img": "syn_lr_img", "
 
 
 def is_released(path: str | Path) -> bool:
-    return Path(path).suffix in (".pt", ".pth")
+    return Path(path).suffix in (".pt", ".pth") and not Path(path).is_dir()
 
 
 def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -10,9 +10,10 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
 from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
-from utils.sets.released import is_released, read_released
+from utils.sets.released import METHOD, is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
 
 KIND = "set of pairs"
@@ -31,14 +32,14 @@ class SynSet:
         image_syn: [M, 3, H, W], pixels normalised with mean and std; with `mixture` those that it started from.
         text_syn: [M, D_text], embeddings of the frozen text encoder in `settings`.
         syn_lr_img, syn_lr_txt: the rates to train the image and the text tower with; of a set that was learned through
-            several image encoders the geometric means of theirs, see `for_encoder`.
+            several image encoders the geometric means of theirs, see `for_encoder`; None of pairs without rates.
         captions: the nearest real caption of each row of text_syn; of real pairs, the pair's own.
         mean, std: normalisation of image_syn, three floats each.
         settings: of the run that made it: method, dataset, encoders, seed and the rest of its command line.
         files, scores: of a coreset, the picture's name in the annotations and the method's score of each pair.
         similarity, alpha: parts of the soft targets and their α, see `utils.sets.similarity`; none for hard targets.
         loss_type: what to train with, see `networks.loss.PairLoss`.
-        phases: parts of the set that a model trains on one after the other, see `utils.sets.phases`.
+        phases: parts of the set that a model trains on one after the other, see `phase_rows`.
         mixture: what to train on in the place of image_syn, over a frozen image encoder; None for image_syn itself.
         rates: of a set that was learned through several image encoders, [syn_lr_img, syn_lr_txt] by their names.
         texts: where text_syn comes from; "learned" is from the file, for others see `utils.setup.texts`. Not saved.
@@ -46,8 +47,8 @@ class SynSet:
 
     image_syn: torch.Tensor
     text_syn: torch.Tensor
-    syn_lr_img: float
-    syn_lr_txt: float
+    syn_lr_img: float | None
+    syn_lr_txt: float | None
     captions: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -74,12 +75,23 @@ class SynSet:
         return pictures + self.text_syn.nbytes + sum(part.nbytes for part in self.similarity)
 
     @property
+    def is_captioned(self) -> bool:
+        """Whether it is pictures with captions of another program, without embeddings and rates."""
+        return self.settings.get("method") == CAPTIONED
+
+    @property
+    def is_from_elsewhere(self) -> bool:
+        """Whether another program made it, so that it does not say how."""
+        return self.is_captioned or self.settings.get("method") == METHOD
+
+    @property
     def texts_are_captions(self) -> bool:
         """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
         method = self.settings.get("method")
         if method in ("initial", "distilled images"):  # the texts are those that distillation started from
-            return self.settings.get("txt_init") != "noise" and not self.settings.get("init_set")
-        return method in REAL_PAIRS
+            from_set = self.settings.get("init_set") or "init_set" in self.settings.get(LEFT_OUT, {})
+            return self.settings.get("txt_init") != "noise" and not from_set
+        return self.is_captioned or method in REAL_PAIRS
 
     @property
     def targets(self) -> torch.Tensor | None:
@@ -160,12 +172,14 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
 
 
 def load_synset(path: str | Path) -> SynSet:
-    """Reads a set: one of ours, or, by the ending .pt or .pth, one in the form that `utils.sets.released` reads.
+    """Reads a set: a file or exported folder of ours or, by the ending .pt or .pth, what `utils.sets.released` reads.
 
     Raises:
         InputError: the file is missing, damaged, not a set of pairs, lacks a part of one, or its parts do not fit.
     """
-    tensors, metadata = read_released(path) if is_released(path) else _read(path)
+    is_folder = Path(path).is_dir()
+    read = read_folder if is_folder else read_released if is_released(path) else _read
+    tensors, metadata = read(path)
     names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(tensors)), ())
     similarity = tuple(tensors[name] for name in names)
     mixture = _read_mixture(path, tensors, metadata)
@@ -177,13 +191,12 @@ def load_synset(path: str | Path) -> SynSet:
     if not problem and not (isinstance(phases, int) and 1 <= phases <= len(metadata["captions"])):
         problem = f"its phases are {phases} for {len(metadata['captions'])} pairs"
     if problem:
-        advice = "give another file" if is_released(path) else "make it again"
+        advice = "export it again" if is_folder else "give another file" if is_released(path) else "make it again"
         raise InputError(f"{KIND} {path} is not whole: {problem}; {advice}")
     return SynSet(
         image_syn=tensors["image_syn"],
         text_syn=tensors["text_syn"],
-        syn_lr_img=tensors["syn_lr_img"].item(),
-        syn_lr_txt=tensors["syn_lr_txt"].item(),
+        **{name: tensors[name].item() if name in tensors else None for name in ("syn_lr_img", "syn_lr_txt")},
         captions=metadata["captions"],
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
@@ -233,7 +246,7 @@ def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
         return f"it has {len(image_syn)} pictures, {len(text_syn)} texts and {len(captions)} captions"
     if not (image_syn.is_floating_point() and text_syn.is_floating_point()):
         return f"image_syn is {image_syn.dtype} and text_syn is {text_syn.dtype} instead of floats"
-    for name in ("syn_lr_img", "syn_lr_txt"):
+    for name in (name for name in ("syn_lr_img", "syn_lr_txt") if name in tensors):
         rate = tensors[name]
         if rate.numel() != 1 or not 0 < rate.item() < math.inf:
             return f"{name} is {rate.tolist()} instead of one positive number"

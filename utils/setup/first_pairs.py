@@ -10,7 +10,16 @@ from data.pairs import PairDataset, load_images
 from data.transforms import normalize
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
-from utils.sets import Pairs, PictureForm, SynSet, as_words, initial_similarity, load_synset, read_words
+from utils.sets import (
+    Pairs,
+    PictureForm,
+    SynSet,
+    as_words,
+    initial_similarity,
+    load_synset,
+    read_words,
+    with_text_encoder,
+)
 from utils.setup.backbones import Backbone
 
 UNIT = (0.0,) * 3, (1.0,) * 3  # mean and std of pixels that several encoders share
@@ -106,6 +115,8 @@ def first_rate(given: float | str, backbones: int) -> Tensor:
 def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
     """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
     synset = load_synset(args.init_set)
+    if synset.is_captioned:
+        raise InputError(f"--init_set {args.init_set} is pictures with captions, without embeddings; give a set")
     height, width = synset.image_syn.shape[2:]
     parts = [
         ("number of pairs", len(synset.image_syn), args.num_queries),
@@ -113,7 +124,7 @@ def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
         ("text width", synset.text_syn.shape[1], text_dim),
         ("mean and std", (synset.mean, synset.std), tuple(map(tuple, space))),
     ]
-    made = synset.settings
+    made = with_text_encoder(synset.settings, args.text_encoder)
     parts += [(key, made[key], getattr(args, key)) for key in ("text_encoder", "text_pooling") if key in made]
     for name, found, wanted in parts:
         if found != wanted:

@@ -9,7 +9,7 @@ from data.errors import InputError
 from data.text_cache import embed_captions
 from networks.text_encoder import TextEncoder
 from utils.scoring import TextMap, choose_map
-from utils.sets import SynSet, is_released
+from utils.sets import SynSet, with_text_encoder
 from utils.setup.data import read_records
 from utils.setup.networks import find_device
 
@@ -34,8 +34,10 @@ def with_texts(synsets: dict[str, SynSet], text_encoder: TextEncoder, args) -> d
 
 
 def _with_texts(path: str, synset: SynSet, maps: "_Maps", args) -> SynSet:
-    home = {key: synset.settings.get(key) for key in TEXT_ENCODER}
-    if args.texts == "learned" and (is_released(path) or all(getattr(args, key) == home[key] for key in home)):
+    made_with = with_text_encoder(synset.settings, args.text_encoder)
+    home = {key: made_with.get(key) for key in TEXT_ENCODER}
+    unknown = synset.is_from_elsewhere and not synset.is_captioned
+    if args.texts == "learned" and (unknown or all(getattr(args, key) == home[key] for key in home)):
         return synset
     if args.texts == "nearest" or synset.texts_are_captions:
         texts = "nearest" if args.texts == "nearest" else "captions"
