@@ -429,6 +429,11 @@ def test_missing_set_and_a_file_that_is_none(experts, tmp_path, capsys):
     assert f"{path} is not a set" in error_line(capsys, score_sets, "--synset", path)
 
 
+def test_set_of_another_text_pooling_is_carried(run_evaluate, capsys):
+    assert run_evaluate("--text_pooling", "cls") == 0
+    assert "text encoder demo (mean) -> demo (cls): linear map fitted on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--image_encoder", "--text_encoder"])
 def test_unknown_encoder(run_buffer, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
