@@ -1,5 +1,6 @@
 """Scoring a set of pairs: fresh models trained on it, and their recalls."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from utils.sets import SynSet, fit_images, mix
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
+_KEPT = weakref.WeakKeyDictionary()  # see `_word_features`
 BEST_LOOK = "best_look_"  # before the names of a best look's recalls
 
 
