@@ -119,16 +119,27 @@ def training_images(factory, synset: SynSet, image_size: int, batch_size: int, s
     Raises:
         InputError: the set's pictures are mixtures, and the encoder trains.
     """
-    fitted = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
-    images = fitted.to(factory.device, memory_format=torch.channels_last)
-    if factory.image_trainable:
-        if synset.mixture:
-            raise InputError(
-                "the set's pictures are mixtures, made after a frozen encoder; add --image_trainable False"
-            )
-        return images
-    embed = embed_batches(factory.fresh(seed), images, batch_size)
-    return mix(synset.mixture.weights.to(embed), embed) if synset.mixture else embed
+    if synset.mixture and factory.image_trainable:
+        raise InputError("the set's pictures are mixtures after a frozen encoder; add --image_trainable False")
+    if synset.mixture:
+        features = _word_features(factory, synset, image_size, batch_size)
+        return mix(synset.mixture.weights.to(features), features)
+    images = _fitted(factory, synset, image_size)
+    return images if factory.image_trainable else embed_batches(factory.fresh(seed), images, batch_size)
+
+
+def _fitted(factory, synset: SynSet, image_size: int) -> torch.Tensor:
+    images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
+    return images.to(factory.device, memory_format=torch.channels_last)
+
+
+def _word_features(factory, synset: SynSet, image_size: int, batch_size: int) -> torch.Tensor:
+    """A frozen encoder's output [N, D_enc] for what mixtures are made of; that of the factory's last set is kept."""
+    words, kept = synset.mixture.words, _KEPT.get(factory)
+    if kept is None or kept[0] is not words or kept[1] != image_size:
+        features = embed_batches(factory.fresh(0), _fitted(factory, synset, image_size), batch_size)
+        _KEPT[factory] = kept = words, image_size, features
+    return kept[2]
 
 
 @torch.no_grad()
