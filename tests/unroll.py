@@ -61,8 +61,8 @@ def unroll(loss_fn, start, target, pairs, batches, seed, pair_chunk=None, moment
             for name, value in theta.items()
         }
     total = 0
-    for is_image in (True, False):
-        names = [name for name in start if name.startswith("image_") == is_image]
+    for tower in ("image_", "text_"):  # neither is a learned scale or bias
+        names = [name for name in start if name.startswith(tower)]
         if names:
             distance = sum((params[n] - target[n]).pow(2).sum() for n in names)
             total = total + distance / sum((start[n] - target[n]).pow(2).sum() for n in names)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.clip_model import IMAGE
+from networks.clip_model import IMAGE, TEXT
 from utils.sets import Pairs
 from utils.student.loss import Parameters
 from utils.student.steps import WholeSteps
@@ -43,11 +43,12 @@ def matching_loss(
     A tower without parameters, or one that the expert did not move, counts 0.
 
     Args:
-        towers: of the parameters by name, see `CLIPModel.towers`; what the loss learns counts with the text tower.
+        towers: of the parameters by name, see `CLIPModel.towers`. What the loss learns is of neither and does not
+            count: with it sets of SigLIP are worth less (docs/notebook/field.md).
     """
     losses = []
-    for is_image in (True, False):
-        names = [name for name in student if (towers[name] == IMAGE) == is_image]
+    for tower in (IMAGE, TEXT):
+        names = [name for name in student if towers[name] == tower]
         if not names:
             losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(student.values())).device))
             continue
