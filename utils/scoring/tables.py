@@ -113,7 +113,11 @@ def compare_rows(rows: list[dict]) -> list[str]:
     """
     lines, names = [], _names(rows)
     for encoder in dict.fromkeys(row["image_encoder"] for row in rows):
-        recalls = {r["set"]: mean_and_std(r["results"])[0]["r_mean"] for r in rows if r["image_encoder"] == encoder}
+        own = [row for row in rows if row["image_encoder"] == encoder]
+        for row in own:
+            if row["set"] == ALL_DATA:
+                names[ALL_DATA] = _all_data(row)
+        recalls = {r["set"]: mean_and_std(r["results"])[0]["r_mean"] for r in own}
         sets = [path for path in recalls if path != ALL_DATA]
         parts = []
         for base, compared in ((sets[0], sets[1:]), (ALL_DATA, sets)):
