@@ -87,7 +87,12 @@ def _add_student_flags(parser: Parser) -> None:
     add = student.add_argument
     add("--syn_steps", type=count, default=8, help="student steps per iteration")
     add("--mini_batch_size", type=count, default=100, help="pairs per student step, at most num_queries")
-    add("--batch_order", choices=BATCH_ORDERS, default="independent", help="of the pairs over the student's steps")
+    add(
+        "--batch_order",
+        choices=BATCH_ORDERS,
+        default="independent",
+        help="each step draws pairs anew, or walks on through a random order of all",
+    )
     add("--lr_teacher_img", type=positive_or_fit, default=0.1, help=FIRST_RATE_HELP % "image")
     add("--lr_teacher_txt", type=positive_or_fit, default=0.1, help=FIRST_RATE_HELP % "text")
     add(

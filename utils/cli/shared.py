@@ -74,7 +74,12 @@ def add_network_flags(parser: Parser, several: type = _OneOrMore) -> None:
         help="first token, mean over tokens, or last token, as GPT-2's need it (not for CLIP)",
     )
     encoders.add_bool("only_has_image_projection", False, "add a projection head to the image tower too; it trains")
-    add("--temperature", type=positive, default=0.07, help="temperature of the contrastive loss; SigLIP has none")
+    add(
+        "--temperature",
+        type=positive,
+        default=0.07,
+        help="of the loss of experts and of networks that score sets; not SigLIP",
+    )
     add("--lora_rank", type=count, help="train low-rank updates of the image encoder's weights in their place")
     add("--lora_alpha", type=positive, help="updates are scaled by alpha / rank; the rank if not given")
     add("--lora_layers", help="attn (if not given), attn+mlp, all, or a regular expression on layer names")
