@@ -103,16 +103,6 @@ def test_more_looks_than_epochs(straight, tmp_path, capsys):
 # ---- --texts nearest
 
 
-@pytest.fixture
-def trained_on(monkeypatch):
-    """The sets that networks are trained on."""
-    seen, score = [], evaluate.score
-    monkeypatch.setattr(
-        evaluate, "score", lambda synset, *args, looks: seen.append(synset) or score(synset, *args, looks)
-    )
-    return seen
-
-
 def test_texts_are_the_captions_embedded_anew(straight, trained_on, capsys):
     (path,) = sets_of(straight)[1:]
     assert evaluate.main(["--synset", path, *QUICK, "--texts", "nearest"]) == 0

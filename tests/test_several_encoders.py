@@ -205,6 +205,12 @@ def synset_of(weights, words, mean, std):
     return SynSet(pictures, torch.randn(number, 5), 0.1, 0.1, ["a"] * number, mean, std, mixture=mixture)
 
 
+def test_a_run_does_not_start_from_mixtures(run, tmp_path, capsys):
+    assert run(tmp_path / "m", *MIXTURE, "--Iteration", 0) == 0
+    line = error_line(capsys, run, tmp_path / "x", "--init_set", tmp_path / "m/last.safetensors")
+    assert "holds mixtures" in line and not (tmp_path / "x").exists()
+
+
 def test_settings_of_one_of_several_encoders():
     settings = {
         "image_encoder": ["a", "torchvision:b"],

@@ -85,16 +85,6 @@ def test_what_no_map_can_be_fitted_on():
 
 
 @pytest.fixture
-def trained_on(monkeypatch):
-    """The sets that networks are trained on."""
-    seen, score = [], evaluate.score
-    monkeypatch.setattr(
-        evaluate, "score", lambda synset, *args, looks: seen.append(synset) or score(synset, *args, looks)
-    )
-    return seen
-
-
-@pytest.fixture
 def bert(save_bert, tmp_path):
     return save_bert(tmp_path / "bert")
 

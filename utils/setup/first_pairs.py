@@ -115,6 +115,8 @@ def first_rate(given: float | str, backbones: int) -> Tensor:
 def fitting_set(args, space: tuple, text_dim: int) -> SynSet:
     """The set of --init_set. Raises InputError if its pairs are not such as this run learns."""
     synset = load_synset(args.init_set)
+    if synset.mixture:
+        raise InputError(f"--init_set {args.init_set} holds mixtures, and this run learns pixels; give another set")
     if synset.is_captioned:
         raise InputError(f"--init_set {args.init_set} is pictures with captions, without embeddings; give a set")
     height, width = synset.image_syn.shape[2:]
