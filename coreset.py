@@ -31,7 +31,15 @@ from utils.scoring import (
     train_epochs,
 )
 from utils.sets import MADE_TEXTS, REAL_PAIRS, SynSet, picture_grid, save_synset
-from utils.setup import Data, encoder_features, expert_loader, expert_training, find_device, open_data
+from utils.setup import (
+    Data,
+    args_of_encoders,
+    encoder_features,
+    expert_loader,
+    expert_training,
+    find_device,
+    open_data,
+)
 
 METHODS = (*REAL_PAIRS, *MADE_TEXTS)
 
@@ -64,7 +72,7 @@ def parse_args(argv=None):
 
 @cli.one_line_errors
 def main(argv=None):
-    args = parse_args(argv)
+    (args,) = args_of_encoders(parse_args(argv))
     check_coreset(args)
     output = Path(args.output or f"{args.save_dir}/{args.method}_{args.num_queries}.safetensors")
     # All that draws has --seed: the same command chooses the same pairs.

@@ -19,7 +19,7 @@ from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
 from utils.sets import Pairs, SynSet, as_words, load_synset, mix, save_synset
 from utils.sets.mixtures import Mixture
-from utils.setup import pairs_of_encoder, settings_of_encoder
+from utils.setup import args_of_encoders, pairs_of_encoder, settings_of_encoder
 from utils.student import StudentLoss, matching_gradient, mean_over_encoders
 
 TWO = ["--image_encoder", "test_nfnet", "test_resnet", "--image_checkpoint", "none", "none", "--no_image_pretrained"]
@@ -223,6 +223,8 @@ def test_settings_of_one_of_several_encoders():
         "image_kwargs": {"x": 1, "y": 2},
     }
     assert settings_of_encoder(settings, "torchvision:b")["image_kwargs"] == {"x": 1, "z": 3}
+    (own,) = args_of_encoders(buffer.parse_args(["--image_encoder", "a", "--image_kwargs", "x=1", "a:y=2"]))
+    assert own.image_kwargs == {"x": 1, "y": 2}  # one encoder's arguments may have its name too
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,7 @@ def settings_of_encoder(settings: dict, name: str) -> dict:
 
 def args_of_encoders(args) -> list[argparse.Namespace]:
     """The command line for each image encoder alone."""
-    names = encoder_names(vars(args))
-    if len(names) == 1:
-        return [args]
-    return [argparse.Namespace(**settings_of_encoder(vars(args), name)) for name in names]
+    return [argparse.Namespace(**settings_of_encoder(vars(args), name)) for name in encoder_names(vars(args))]
 
 
 def open_backbones(args, data: Data) -> list[Backbone]:
