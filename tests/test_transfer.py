@@ -43,7 +43,8 @@ def transfer_table(tiny_argv, save_bert, tmp_path_factory):
         rates = ["--grid_img", "0.01", "--grid_txt", "0.01", "--num_eval", "2", "--all_data", f"{folder}/B"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transfer, "run", run)
-            transfer.main([*own, *rates, "--", "--no_image_pretrained", "--epoch_eval_train", "2", "--text_pooling", "mean"])
+            quick = ["--no_image_pretrained", "--epoch_eval_train", "2", "--text_pooling", "mean"]
+            transfer.main([*own, *rates, "--", *quick])
         return folder / "F", scored
 
     return start
