@@ -7,13 +7,14 @@ the gradient of its distance to where the expert went back into pictures, text e
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.errors import InputError
 from utils import cli, ranks
-from utils.cli.checks import check_encoders, check_first_pairs, check_targets
+from utils.cli.checks import check_encoders, check_first_pairs, check_pictures, check_targets
 from utils.cli.errors import guarded_scoring
 from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
@@ -44,8 +45,9 @@ from utils.setup import (
     open_backbones,
     open_data,
     pairs_of_encoder,
+    seen_pictures,
 )
-from utils.student import mean_matching, mean_over_encoders
+from utils.student import mean_matching, mean_over_encoders, pulled_back
 
 
 def parse_args(argv=None):
@@ -78,17 +80,23 @@ def distill(run: "Distillation") -> None:
         # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
+        # The pictures that all students of the iteration see: the learned ones or, with --syn_aug, new views of them.
+        # They are made with a graph, by which their gradient goes back to what is learned.
+        pictures = run.seen_pictures(learner.iteration)
+        seen = replace(learner.pairs, image_syn=pictures)
+
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
         # The gradient goes back through every step into pictures, texts and rates.
         # Steps, distance and gradient are one call: steps are taken again on the way back, in the memory of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
         matchings = {
-            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(learner.pairs, number))
+            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(seen, number))
             for number, drawn in segments.items()
         }
         losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
         matching = mean_over_encoders(matchings, len(run.backbones))
+        matching = pulled_back(matching, pictures, learner.pairs.image_syn)
 
         # A gradient far outside what the run has seen is cut: one bad iteration must not throw the run away
         # (utils/matching/guard.py).
@@ -105,6 +113,7 @@ def main(argv=None):
     # Refused before anything is read: flags that do not go together, and a folder that holds another run.
     check_encoders(args)
     check_first_pairs(args)
+    check_pictures(args)
     check_targets(args)
     check_run_folder(args)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
@@ -138,8 +147,9 @@ class Distillation:
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
+        first = replace(self.pairs, image_syn=self.seen_pictures(0).detach())
         self.students = [
-            Student(self.args, backbone, pairs_of_encoder(self.pairs, number), self.form)
+            Student(self.args, backbone, pairs_of_encoder(first, number), self.form)
             for number, backbone in enumerate(self.backbones)
         ]
         self.prefetch = Prefetch(self.read_segments, end=self.args.Iteration)
@@ -148,6 +158,10 @@ class Distillation:
         """What the iteration matches, by the number of the encoder."""
         drawn = draw_encoders(self.args, len(self.backbones), iteration)
         return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
+
+    def seen_pictures(self, iteration: int):
+        """The pictures that the iteration's students see, see `seen_pictures` of utils/setup."""
+        return seen_pictures(self.args, self.form, self.pairs.image_syn, iteration)
 
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""

@@ -15,10 +15,10 @@ from tests.conftest import QUICK_BUFFER, QUICK_DISTILL
 from tests.programs import error_line, score_sets, table
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils.experts import Trajectory
+from utils.forms import Mixture, as_words, mix
 from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
-from utils.sets import Pairs, SynSet, as_words, load_synset, mix, save_synset
-from utils.sets.mixtures import Mixture
+from utils.sets import Pairs, SynSet, load_synset, save_synset
 from utils.setup import args_of_encoders, pairs_of_encoder, settings_of_encoder
 from utils.student import StudentLoss, matching_gradient, mean_over_encoders
 

@@ -21,6 +21,14 @@ def check_first_pairs(args) -> None:
         raise InputError("the modality that is not learned must start from real values; drop its noise init")
 
 
+def check_pictures(args) -> None:
+    """Of distill.py: what is for learned pixels where there are none."""
+    if args.syn_aug and args.text_only:
+        raise InputError("--syn_aug augments pictures that are learned; leave it out with --text_only")
+    if args.syn_aug and args.pix_param == "mixture":
+        raise InputError("--syn_aug augments learned pixels; leave it out with --pix_param mixture")
+
+
 def check_targets(args) -> None:
     """Of distill.py: soft targets, blending or phases that do not go with the rest."""
     if args.sim_type != "none" and args.loss_type == "InfoNCE":

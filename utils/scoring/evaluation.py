@@ -9,9 +9,10 @@ import torch
 from data.errors import InputError
 from networks.loss import PairLoss
 from utils import ranks
+from utils.forms import mix
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
-from utils.sets import SynSet, fit_images, mix
+from utils.sets import SynSet, fit_images
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000

@@ -10,8 +10,8 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.forms import Mixture, PictureForm
 from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
-from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
 from utils.sets.released import METHOD, is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names

@@ -8,16 +8,14 @@ from torch import Tensor
 from data.errors import InputError
 from data.pairs import PairDataset, load_images
 from data.transforms import normalize
+from utils.forms import PictureForm, as_words, read_words
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
 from utils.sets import (
     Pairs,
-    PictureForm,
     SynSet,
-    as_words,
     initial_similarity,
     load_synset,
-    read_words,
     with_text_encoder,
 )
 from utils.setup.backbones import Backbone

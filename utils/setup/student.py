@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from utils.forms import PictureForm, mix, view_normalised
 from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
 from utils.scoring import embed_batches
-from utils.sets import Pairs, PictureForm, mix
+from utils.sets import Pairs
 from utils.setup.backbones import Backbone
 from utils.setup.first_pairs import UNIT
 from utils.student import Segment, StudentLoss, check_shares
@@ -70,6 +71,18 @@ def renormalize(pixels: Tensor, old, new) -> Tensor:
         torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (old.mean, old.std, new.mean, new.std)
     )
     return (pixels * old_std + old_mean - mean) / std
+
+
+def seen_pictures(args, form: PictureForm, image_syn: Tensor, iteration: int) -> Tensor:
+    """The pictures [M, 3, H, W] that students of an iteration see, with a graph back to `image_syn`, which is learned.
+
+    `image_syn` itself where that is what they see.
+    """
+    if not args.syn_aug:
+        return image_syn
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+    views = view_normalised(image_syn, form.mean, form.std, args.syn_aug, generator)
+    return views.contiguous(memory_format=torch.channels_last)
 
 
 def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:

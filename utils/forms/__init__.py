@@ -1,0 +1,5 @@
+"""Forms in which pictures are held and seen: pixels, mixtures of real pictures, views."""
+
+from utils.forms.augmentation import OPERATIONS, USUAL, view, view_normalised
+from utils.forms.mixtures import Mixture, as_words, mix, read_words
+from utils.forms.pixels import PictureForm
