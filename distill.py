@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -30,7 +31,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
     Student,
@@ -80,8 +81,8 @@ def distill(run: "Distillation") -> None:
         # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
-        # The pictures that all students of the iteration see: the learned ones or, with --syn_aug, new views of them.
-        # They are made with a graph, by which their gradient goes back to what is learned.
+        # The pictures that all students of the iteration see: what is learned as its form renders it (--pix_param,
+        # --pix_limit), with --syn_aug in new views. By this graph their gradient goes back to what is learned.
         pictures = run.seen_pictures(learner.iteration)
         seen = replace(learner.pairs, image_syn=pictures)
 
@@ -147,7 +148,7 @@ class Distillation:
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
-        first = replace(self.pairs, image_syn=self.seen_pictures(0).detach())
+        first = self.seen_pairs()
         self.students = [
             Student(self.args, backbone, pairs_of_encoder(first, number), self.form)
             for number, backbone in enumerate(self.backbones)
@@ -159,16 +160,21 @@ class Distillation:
         drawn = draw_encoders(self.args, len(self.backbones), iteration)
         return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
 
-    def seen_pictures(self, iteration: int):
-        """The pictures that the iteration's students see, see `seen_pictures` of utils/setup."""
+    def seen_pictures(self, iteration: int) -> Tensor:
+        """What the iteration's students see of the pictures, with a graph back to what is learned."""
         return seen_pictures(self.args, self.form, self.pairs.image_syn, iteration)
+
+    def seen_pairs(self) -> Pairs:
+        """The first pairs as the students of iteration 0 see them; the rates are those that are learned."""
+        return replace(self.pairs, image_syn=self.seen_pictures(0).detach())
 
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
+            first = self.seen_pairs()
             for number, student in enumerate(self.students):
-                student.fit_first_rates(pairs_of_encoder(self.pairs, number))
-        self.learner = make_learner(self.args, self.pairs)
+                student.fit_first_rates(pairs_of_encoder(first, number))
+        self.learner = make_learner(self.args, self.pairs, self.form)
         if self.args.resume:
             resume(self.args, self.learner)
 

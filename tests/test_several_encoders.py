@@ -127,6 +127,7 @@ def run(tiny_argv, two):
     return distil
 
 
+PYRAMID = ["--pix_param", "pyramid"]
 MIXTURE = ["--pix_param", "mixture", "--pix_words", "10", "--optimizer", "adam", "--lr_img", "0.01"]
 
 
@@ -137,7 +138,16 @@ def test_experts_of_each_encoder_by_one_command(two):
         assert f"{Trajectory(path).settings['image_encoder']}_heads" == path.parent.parent.name
 
 
-@pytest.mark.parametrize("more", [[], MIXTURE, ["--text_only"], ["--encoders_per_step", "1"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        MIXTURE,
+        ["--text_only"],
+        ["--encoders_per_step", "1"],
+        ["--pix_param", "pyramid", "--syn_aug", "--eval_views", 1],
+    ],
+)
 def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp_path, capsys, more):
     assert run(tmp_path / "a", "--report", *more) == 0
     page = json.loads((tmp_path / "a/report.json").read_text())

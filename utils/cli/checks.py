@@ -23,10 +23,15 @@ def check_first_pairs(args) -> None:
 
 def check_pictures(args) -> None:
     """Of distill.py: what is for learned pixels where there are none."""
-    if args.syn_aug and args.text_only:
-        raise InputError("--syn_aug augments pictures that are learned; leave it out with --text_only")
-    if args.syn_aug and args.pix_param == "mixture":
-        raise InputError("--syn_aug augments learned pixels; leave it out with --pix_param mixture")
+    flags = {
+        "--syn_aug": args.syn_aug,
+        "--pix_limit": args.pix_limit,
+        "--pix_param pyramid": args.pix_param == "pyramid",
+    }
+    given = [flag for flag, value in flags.items() if value]
+    for other, taken in (("--text_only", args.text_only), ("--pix_param mixture", args.pix_param == "mixture")):
+        if given and taken:
+            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}")
 
 
 def check_targets(args) -> None:

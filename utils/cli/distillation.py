@@ -56,10 +56,16 @@ def _add_pair_flags(parser: Parser) -> None:
     )
     add(
         "--pix_param",
-        choices=("pixels", "mixture"),
+        choices=("pixels", "pyramid", "mixture"),
         default="pixels",
-        help="what is learned of the pictures: their pixels, or weights with which real pictures are mixed after a "
-        "frozen image encoder, so that any encoder can take them",
+        help="what is learned of the pictures: their pixels, levels of growing resolution that add up to them, or "
+        "weights with which real pictures are mixed after a frozen image encoder, so that any encoder can take them",
+    )
+    add(
+        "--pix_limit",
+        type=positive,
+        metavar="R",
+        help="how far a pixel, from 0 to 1, may go from where it starts; as far as it goes if not given",
     )
     add("--pix_words", type=count, default=1000, help="real pictures that mixtures are made of, stored with the set")
     pairs.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")

@@ -15,7 +15,8 @@ ADDED = {
     **{"optimizer": "sgd", "student_momentum": 0.0, "adjoint_decay": 1.0, "only_has_image_projection": False},
     **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
     **{"batch_order": "independent", "phases": 1, "segments": 1, "shortcut": None, "init_set": None},
-    **{"split_seed": 0, "pix_param": "pixels", "encoders_per_step": None, "syn_aug": [], "eval_views": 0},
+    **{"split_seed": 0, "pix_param": "pixels", "encoders_per_step": None},
+    **{"syn_aug": [], "pix_limit": None, "eval_views": 0},
 }
 
 

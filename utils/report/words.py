@@ -43,6 +43,10 @@ def describe(settings: dict) -> list[str]:
         told.append("An iteration takes the mean over {segments} such students.")
     if settings.get("pix_param") == "mixture":
         told.append("A picture is a mixture of {pix_words} real ones after the encoder: its weights are learned.")
+    if settings.get("pix_param") == "pyramid":
+        told.append("A picture is learned as the sum of levels of growing resolution.")
+    if settings.get("pix_limit"):
+        told.append("No pixel, from 0 to 1, goes further than {pix_limit:g} from where it starts.")
     if settings.get("syn_aug"):
         told.append("The student sees the pictures augmented, anew in each iteration: {operations}.")
     if settings.get("image_only") or settings.get("text_only"):

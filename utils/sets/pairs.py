@@ -18,7 +18,7 @@ class Pairs:
     """What is learned: M synthetic pairs, the two rates the student trains with, and soft targets if wanted.
 
     Attributes:
-        image_syn: [M, 3, H, W] normalised pixels; or [M, N] weights of mixtures, see `utils.forms.mixtures`.
+        image_syn: [M, 3, H, W] normalised pixels; or what stands for them, see `utils.forms.PictureForm`.
         text_syn: [M, D_text] text embeddings.
         syn_lr_img, syn_lr_txt: scalars, β of the image and of the text tower.
         similarity: parts of S, see `utils.sets.similarity`; empty for hard targets.

@@ -118,9 +118,8 @@ def as_synset(
     else:
         method = "distilled texts" if settings["text_only"] else "distilled"
     pairs = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors())
-    mixture, images = None, pairs.image_syn
-    if form.pictures is not None:
-        images = form.pictures[: len(images)]
+    mixture = None
+    images = form.render(pairs.image_syn) if form.pictures is None else form.pictures[: len(pairs.image_syn)]
     if form.words is not None:
         mixture = Mixture(pairs.image_syn.half().float().cpu(), form.words)  # scored in the precision that is stored
     rates = torch.stack([pairs.syn_lr_img, pairs.syn_lr_txt]).view(2, -1)

@@ -78,11 +78,11 @@ def seen_pictures(args, form: PictureForm, image_syn: Tensor, iteration: int) ->
 
     `image_syn` itself where that is what they see.
     """
-    if not args.syn_aug:
-        return image_syn
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-    views = view_normalised(image_syn, form.mean, form.std, args.syn_aug, generator)
-    return views.contiguous(memory_format=torch.channels_last)
+    pictures = form.render(image_syn)
+    if args.syn_aug:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        pictures = view_normalised(pictures, form.mean, form.std, args.syn_aug, generator)
+    return pictures if pictures is image_syn else pictures.contiguous(memory_format=torch.channels_last)
 
 
 def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
@@ -92,8 +92,8 @@ def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
     return replace(pairs, syn_lr_img=pairs.syn_lr_img[number], syn_lr_txt=pairs.syn_lr_txt[number])
 
 
-def make_learner(args, pairs: Pairs) -> PairLearner:
-    """Moves `pairs`; a modality that is not to be learned keeps its values."""
+def make_learner(args, pairs: Pairs, form: PictureForm) -> PairLearner:
+    """Moves `pairs`, whose pictures are held as `form` says; a modality that is not to be learned keeps its values."""
     return PairLearner(
         pairs,
         lr_img=0.0 if args.text_only else args.lr_img,
@@ -102,4 +102,5 @@ def make_learner(args, pairs: Pairs) -> PairLearner:
         optimizer=args.optimizer,
         lr_sim=args.lr_sim,
         ema_decay=args.ema_decay,
+        spread=form.spread(pairs.image_syn),
     )
