@@ -1,7 +1,8 @@
 """Pictures as sums of levels of growing resolution, in decorrelated colours.
 
 Learned so by linear gradient matching: Cazenavette, Torralba and Sitzmann, "Dataset Distillation for Pre-Trained
-Self-Supervised Vision Models", NeurIPS 2025. Colours there are another matrix, and pictures start from noise.
+Self-Supervised Vision Models", NeurIPS 2025. Here the matrix of the colours is orthogonal, and the levels begin as
+those of a picture.
 """
 
 from dataclasses import dataclass
