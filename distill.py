@@ -7,13 +7,15 @@ the gradient of its distance to where the expert went back into pictures, text e
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
 from utils import cli, ranks
-from utils.cli.checks import check_encoders, check_first_pairs, check_targets
+from utils.cli.checks import check_encoders, check_first_pairs, check_pictures, check_targets
 from utils.cli.errors import guarded_scoring
 from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
@@ -29,7 +31,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
     Student,
@@ -44,8 +46,9 @@ from utils.setup import (
     open_backbones,
     open_data,
     pairs_of_encoder,
+    seen_pictures,
 )
-from utils.student import mean_matching, mean_over_encoders
+from utils.student import mean_matching, mean_over_encoders, pulled_back
 
 
 def parse_args(argv=None):
@@ -78,17 +81,23 @@ def distill(run: "Distillation") -> None:
         # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
+        # The pictures that all students of the iteration see: what is learned as its form renders it (--pix_param,
+        # --pix_limit), with --syn_aug in new views. By this graph their gradient goes back to what is learned.
+        pictures = run.seen_pictures(learner.iteration)
+        seen = replace(learner.pairs, image_syn=pictures)
+
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
         # The gradient goes back through every step into pictures, texts and rates.
         # Steps, distance and gradient are one call: steps are taken again on the way back, in the memory of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
         matchings = {
-            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(learner.pairs, number))
+            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(seen, number))
             for number, drawn in segments.items()
         }
         losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
         matching = mean_over_encoders(matchings, len(run.backbones))
+        matching = pulled_back(matching, pictures, learner.pairs.image_syn)
 
         # A gradient far outside what the run has seen is cut: one bad iteration must not throw the run away
         # (utils/matching/guard.py).
@@ -105,6 +114,7 @@ def main(argv=None):
     # Refused before anything is read: flags that do not go together, and a folder that holds another run.
     check_encoders(args)
     check_first_pairs(args)
+    check_pictures(args)
     check_targets(args)
     check_run_folder(args)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
@@ -138,8 +148,9 @@ class Distillation:
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
+        first = self.seen_pairs()
         self.students = [
-            Student(self.args, backbone, pairs_of_encoder(self.pairs, number), self.form)
+            Student(self.args, backbone, pairs_of_encoder(first, number), self.form)
             for number, backbone in enumerate(self.backbones)
         ]
         self.prefetch = Prefetch(self.read_segments, end=self.args.Iteration)
@@ -149,12 +160,21 @@ class Distillation:
         drawn = draw_encoders(self.args, len(self.backbones), iteration)
         return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
 
+    def seen_pictures(self, iteration: int) -> Tensor:
+        """What the iteration's students see of the pictures, with a graph back to what is learned."""
+        return seen_pictures(self.args, self.form, self.pairs.image_syn, iteration)
+
+    def seen_pairs(self) -> Pairs:
+        """The first pairs as the students of iteration 0 see them; the rates are those that are learned."""
+        return replace(self.pairs, image_syn=self.seen_pictures(0).detach())
+
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
+            first = self.seen_pairs()
             for number, student in enumerate(self.students):
-                student.fit_first_rates(pairs_of_encoder(self.pairs, number))
-        self.learner = make_learner(self.args, self.pairs)
+                student.fit_first_rates(pairs_of_encoder(first, number))
+        self.learner = make_learner(self.args, self.pairs, self.form)
         if self.args.resume:
             resume(self.args, self.learner)
 

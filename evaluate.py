@@ -290,7 +290,8 @@ def announce(row: dict) -> None:
 def write_tables(rows: list[dict], args) -> None:
     """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
     networks = f"mean ± std over {args.num_eval} networks per set"
-    trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train} ({args.protocol})"
+    views = f", a picture in one of {args.eval_views + 1} views an epoch" if args.eval_views else ""
+    trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train}{views} ({args.protocol})"
     head = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}, each trained {trained}"
     text = f"{head}:\n\n{markdown_table(rows)}\n"  # as it is in the Markdown file
     print(text, end="")

@@ -51,16 +51,16 @@ def eval_transform(image_size: int):
 
 def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
     """uint8 [..., 3, H, W] in 0..255 -> float32 of the same shape, (images / 255 - mean) / std."""
-    mean, std = _channels(tuple(mean), images.device), _channels(tuple(std), images.device)
+    mean, std = channels(tuple(mean), images.device), channels(tuple(std), images.device)
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images: torch.Tensor, mean, std) -> torch.Tensor:
     """Normalised float [..., 3, H, W] -> float in [0, 1], clamped: the inverse of `normalize`."""
-    mean, std = _channels(tuple(mean), images.device), _channels(tuple(std), images.device)
+    mean, std = channels(tuple(mean), images.device), channels(tuple(std), images.device)
     return (images * std + mean).clamp(0, 1)
 
 
 @functools.cache  # made anew in every step, they would make the host wait for a GPU
-def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -16,6 +16,7 @@ MOST_FILES = 9
 # From the lowest room up; modules of one room are side by side.
 ROOMS = (
     ("utils.files", "utils.log", "utils.ranks", "utils.device"),
+    ("utils.forms",),
     ("utils.sets",),
     ("utils.student",),
     ("utils.matching", "utils.experts"),

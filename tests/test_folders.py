@@ -15,9 +15,9 @@ from data.annotations import clean_caption
 from networks.text_encoder import TextEncoder
 from tests.conftest import ENCODER_WEIGHTS
 from tests.programs import error_line, input_error, score_sets
-from utils.sets import SynSet, as_words, export_sets, load_synset, save_synset
+from utils.forms import Mixture, as_words
+from utils.sets import SynSet, export_sets, load_synset, save_synset
 from utils.sets.folders import LEFT_OUT, PATHS, without_paths
-from utils.sets.mixtures import Mixture
 
 QUICK = ["--num_eval", "2", "--epoch_eval_train", "3"]
 EXACT = [

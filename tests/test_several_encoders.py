@@ -15,10 +15,10 @@ from tests.conftest import QUICK_BUFFER, QUICK_DISTILL
 from tests.programs import error_line, score_sets, table
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll_gradient
 from utils.experts import Trajectory
+from utils.forms import Mixture, as_words, mix
 from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
-from utils.sets import Pairs, SynSet, as_words, load_synset, mix, save_synset
-from utils.sets.mixtures import Mixture
+from utils.sets import Pairs, SynSet, load_synset, save_synset
 from utils.setup import args_of_encoders, pairs_of_encoder, settings_of_encoder
 from utils.student import StudentLoss, matching_gradient, mean_over_encoders
 
@@ -127,6 +127,7 @@ def run(tiny_argv, two):
     return distil
 
 
+PYRAMID = ["--pix_param", "pyramid"]
 MIXTURE = ["--pix_param", "mixture", "--pix_words", "10", "--optimizer", "adam", "--lr_img", "0.01"]
 
 
@@ -137,7 +138,16 @@ def test_experts_of_each_encoder_by_one_command(two):
         assert f"{Trajectory(path).settings['image_encoder']}_heads" == path.parent.parent.name
 
 
-@pytest.mark.parametrize("more", [[], MIXTURE, ["--text_only"], ["--encoders_per_step", "1"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        MIXTURE,
+        ["--text_only"],
+        ["--encoders_per_step", "1"],
+        ["--pix_param", "pyramid", "--syn_aug", "--eval_views", 1],
+    ],
+)
 def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp_path, capsys, more):
     assert run(tmp_path / "a", "--report", *more) == 0
     page = json.loads((tmp_path / "a/report.json").read_text())

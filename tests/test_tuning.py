@@ -114,7 +114,7 @@ def test_a_tables_protocol_is_that_of_its_distilled_sets_in_any_order(sets, tmp_
         assert evaluate.main([*sets(*names), "--json", str(path)]) == 0
         found.append(protocol(path))
         assert "each trained 3 epochs in batches of 4 (as " in capsys.readouterr().out
-    assert found[0] == found[1] and found[0][0] == [3, 4, 0.1]
+    assert found[0] == found[1] and found[0][0] == [3, 4, 0.1, 0]
 
 
 def test_a_coresets_temperature_is_that_of_its_expert_and_decides_nothing(sets, tiny_argv, tmp_path):
@@ -124,14 +124,14 @@ def test_a_coresets_temperature_is_that_of_its_expert_and_decides_nothing(sets, 
     of_distilled = sets("a")[1]
     for files in ([output, of_distilled], [of_distilled, output]):
         args = evaluate.parse_args(["--synset", *files])
-        assert [getattr(args, key) for key in evaluate.PROTOCOL] == [3, 4, 0.1]
+        assert [getattr(args, key) for key in evaluate.PROTOCOL] == [3, 4, 0.1, 0]
     args = evaluate.parse_args(["--synset", output])
     assert (args.temperature, args.protocol) == (0.07, "the defaults")
 
 
 def test_flags_come_first_and_defaults_last(sets, tmp_path, capsys):
     assert evaluate.main([*sets("a", "b"), "--epoch_eval_train", "1", "--json", str(tmp_path / "t.json")]) == 0
-    assert protocol(tmp_path / "t.json")[0] == [1, 4, 0.1]
+    assert protocol(tmp_path / "t.json")[0] == [1, 4, 0.1, 0]
     assert "--epoch_eval_train is given, else as " in capsys.readouterr().out
     assert evaluate.parse_args(sets("coreset")).protocol == "the defaults"
     assert evaluate.parse_args(sets("coreset")).epoch_eval_train == 50
@@ -141,6 +141,21 @@ def test_distilled_sets_that_ask_for_different_protocols_are_refused(sets, tmp_p
     line = error_line(capsys, score_sets, *sets("a", "b", "coreset"), "--json", tmp_path / "t.json")
     assert "give --epoch_eval_train (" in line and "a.safetensors: 3, " in line and "b.safetensors: 2)" in line
     assert not (tmp_path / "t.json").exists()
+
+
+def test_views_of_a_table_are_those_of_its_distilled_sets(sets, tmp_path, capsys):
+    """Of a set that does not say, from before the flag, none."""
+    synset = load_synset(sets("a")[1])
+    seen = str(tmp_path / "views.safetensors")
+    save_synset(seen, replace(synset, settings={**synset.settings, "eval_views": 2}))
+    coreset = sets("coreset")[1]
+    assert evaluate.main(["--synset", coreset, seen, "--num_eval", "1", "--json", str(tmp_path / "t.json")]) == 0
+    assert protocol(tmp_path / "t.json")[0] == [3, 4, 0.1, 2]
+    assert "in batches of 4, a picture in one of 3 views an epoch (as " in capsys.readouterr().out
+    line = error_line(capsys, score_sets, "--synset", sets("a")[1], seen)
+    assert f"give --eval_views ({sets('a')[1]}: 0, {seen}: 2)" in line
+    line = error_line(capsys, score_sets, *sets("a"), "--eval_views", -1)
+    assert "--eval_views" in line and "less than 0" in line
 
 
 def test_a_set_that_diverges_has_no_row_and_the_others_do(sets, tmp_path, capsys):

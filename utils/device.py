@@ -33,3 +33,9 @@ def why_no_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
     return f"CUDA {torch.version.cuda} finds no device"
+
+
+def copied_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU on `device`, in a copy that no GPU is waited for."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)

@@ -21,6 +21,19 @@ def check_first_pairs(args) -> None:
         raise InputError("the modality that is not learned must start from real values; drop its noise init")
 
 
+def check_pictures(args) -> None:
+    """Of distill.py: what is for learned pixels where there are none."""
+    flags = {
+        "--syn_aug": args.syn_aug,
+        "--pix_limit": args.pix_limit,
+        "--pix_param pyramid": args.pix_param == "pyramid",
+    }
+    given = [flag for flag, value in flags.items() if value]
+    for other, taken in (("--text_only", args.text_only), ("--pix_param mixture", args.pix_param == "mixture")):
+        if given and taken:
+            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}")
+
+
 def check_targets(args) -> None:
     """Of distill.py: soft targets, blending or phases that do not go with the rest."""
     if args.sim_type != "none" and args.loss_type == "InfoNCE":

@@ -1,8 +1,11 @@
 """Flags of distill.py alone."""
 
+import argparse
+
 from networks.loss import LOSS_TYPES
 from utils.cli.parser import Parser, count, number, positive, positive_or_fit, rate
 from utils.cli.recipes import RELEASED_STUDENT
+from utils.forms import OPERATIONS, USUAL
 from utils.matching import OPTIMIZERS
 from utils.sets import BATCH_ORDERS, SIM_TYPES
 
@@ -12,6 +15,13 @@ SEGMENTS_HELP = (
 )
 FIRST_RATE_HELP = "first value of the %s tower's learned rate; fit for the largest with which students do not go astray"
 EMA_HELP = "what is scored and saved is an average over iterations with this decay; 0 for the pairs as they are"
+
+
+class _Operations(argparse.Action):
+    """Operations in their usual order, the usual ones if none is named."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [name for name in OPERATIONS if name in (values or USUAL)])
 
 
 def add_distillation_flags(parser: Parser) -> None:
@@ -46,10 +56,16 @@ def _add_pair_flags(parser: Parser) -> None:
     )
     add(
         "--pix_param",
-        choices=("pixels", "mixture"),
+        choices=("pixels", "pyramid", "mixture"),
         default="pixels",
-        help="what is learned of the pictures: their pixels, or weights with which real pictures are mixed after a "
-        "frozen image encoder, so that any encoder can take them",
+        help="what is learned of the pictures: their pixels, levels of growing resolution that add up to them, or "
+        "weights with which real pictures are mixed after a frozen image encoder, so that any encoder can take them",
+    )
+    add(
+        "--pix_limit",
+        type=positive,
+        metavar="R",
+        help="how far a pixel, from 0 to 1, may go from where it starts; as far as it goes if not given",
     )
     add("--pix_words", type=count, default=1000, help="real pictures that mixtures are made of, stored with the set")
     pairs.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
@@ -114,7 +130,19 @@ def _add_student_flags(parser: Parser) -> None:
         default=0.0,
         help="the student mixes the embeddings of each pair with another's by a weight from Beta(a, a); 0 for none",
     )
-    student.add_bool("no_aug", False, "kept for compatibility: synthetic pairs are never augmented")
+    add(
+        "--syn_aug",
+        nargs="*",
+        action=_Operations,
+        default=[],
+        choices=OPERATIONS,
+        metavar="OP",
+        help=f"students see the learned pictures augmented, anew each iteration, by some of {', '.join(OPERATIONS)}; "
+        "without a name by all but flip",
+    )
+    student.add_bool(
+        "no_aug", False, "kept for compatibility: that is of experts' real pictures; for learned ones see --syn_aug"
+    )
 
 
 def _add_outer_flags(parser: Parser) -> None:

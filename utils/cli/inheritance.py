@@ -18,7 +18,8 @@ INHERITED = (
     *("text_encoder", "text_pretrained", "text_pooling", "num_eval"),
 )
 # How the networks of one table train: the flag's value, else what all distilled sets say, else the flag's own default.
-PROTOCOL = ("epoch_eval_train", "batch_train", "temperature")
+PROTOCOL = ("epoch_eval_train", "batch_train", "temperature", "eval_views")
+BEFORE = {"eval_views": 0}  # of distilled sets that do not say, from before there was such a flag
 # Settings of an image encoder alone: the flag's value, else that of the first set made with it, else this.
 OF_ENCODER = {
     **{"image_trainable": True, "image_pretrained": True, "image_checkpoint": None, "image_kwargs": {}},
@@ -60,7 +61,8 @@ def protocol_of_sets(args, usual: dict) -> dict:
     Raises InputError if distilled sets ask for different ones and no flag decides.
     """
     settings = {path: load_set(path).settings for path in args.synset}
-    distilled = {path: made for path, made in settings.items() if PROTOCOL[0] in made}  # a coreset was never scored
+    # A coreset was never scored.
+    distilled = {path: {**BEFORE, **made} for path, made in settings.items() if PROTOCOL[0] in made}
     values, sources, conflicts = {}, [], []
     for key in PROTOCOL:
         asked = {path: made[key] for path, made in distilled.items() if key in made}

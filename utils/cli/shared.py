@@ -116,6 +116,13 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--num_eval", type=count, default=5, help="fresh networks per evaluation")
     add("--epoch_eval_train", type=count, default=50, help="epochs a fresh network trains on the set")
     add("--batch_train", type=count, default=64, help="pairs per batch of a fresh network")
+    add(
+        "--eval_views",
+        type=number(int, least=0),
+        default=0,
+        metavar="K",
+        help="in each epoch a fresh network sees a picture as it is or in one of K augmented views of it, drawn anew",
+    )
     evaluation.add_bool("eval_full", False, "fresh networks train whole, not by low-rank updates")
 
 

@@ -28,13 +28,15 @@ class PairLearner:
     "sgd", as published: momentum 0.5, on the values themselves; no step more than doubles or halves a
     learned rate, so that it stays positive.
     "adam" (β₁ 0.9, β₂ 0.99): lr_img and lr_txt are in standard deviations of the first pixels and of the first text
-    embeddings, lr_sim and lr_img of the weights of mixtures in their own units, and the learned rates move on a
+    embeddings, lr_sim and lr_img of weights of mixtures in their own units, and the learned rates move on a
     logarithmic scale, so that the same numbers fit other data and encoders.
 
     Args:
         pairs: the first pairs; moved in place.
         lr_img, lr_txt, lr_lr, lr_sim: learning rates of the pixels, the text embeddings, the learned rates and the soft
             targets; 0 keeps them.
+        spread: of the first pictures, which lr_img of "adam" is relative to, see `PictureForm.spread`; the standard
+            deviation of image_syn if not given.
         ema_decay: of the average of the pairs over the steps, `averaged`; 0 for the pairs themselves.
 
     Attributes:
@@ -61,6 +63,7 @@ class PairLearner:
         optimizer: str = "sgd",
         lr_sim: float = 0.0,
         ema_decay: float = 0.0,
+        spread: float | None = None,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer}; there are {', '.join(OPTIMIZERS)}")
@@ -76,7 +79,8 @@ class PairLearner:
             for name, tensor in self.named.items()
         }
         if self.in_logs:
-            lr_img, lr_txt = lr_img * _spread(pairs.image_syn), lr_txt * pairs.text_syn.std().item()
+            spread = pairs.image_syn.std().item() if spread is None else spread
+            lr_img, lr_txt = lr_img * spread, lr_txt * pairs.text_syn.std().item()
         by_name = dict(zip(NAMES, (lr_img, lr_txt, lr_lr, lr_lr), strict=True))
         groups = [
             {"params": [variable], "lr": by_name.get(name, lr_sim)}
@@ -195,8 +199,3 @@ class PairLearner:
         self.phase_start = metadata.get("phase_start", 0)
         self.best = -math.inf if metadata["best"] is None else metadata["best"]
         self.guard.restore(metadata.get("guard", {}))
-
-
-def _spread(image_syn: Tensor) -> float:
-    """What a rate of pictures is relative to: the standard deviation of pixels, 1 for weights of mixtures."""
-    return image_syn.std().item() if image_syn.ndim == 4 else 1.0

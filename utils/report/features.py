@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from data.pairs import RetrievalSet
+from utils.forms import mix
 from utils.report.pairs import data_uri
 from utils.scoring import retrieval_features
-from utils.sets import SynSet, fit_images, mix
+from utils.sets import SynSet, fit_images
 
 THUMBNAIL = 112
 SHOWN = 5  # pictures per search

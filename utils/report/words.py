@@ -43,6 +43,12 @@ def describe(settings: dict) -> list[str]:
         told.append("An iteration takes the mean over {segments} such students.")
     if settings.get("pix_param") == "mixture":
         told.append("A picture is a mixture of {pix_words} real ones after the encoder: its weights are learned.")
+    if settings.get("pix_param") == "pyramid":
+        told.append("A picture is learned as the sum of levels of growing resolution.")
+    if settings.get("pix_limit"):
+        told.append("No pixel, from 0 to 1, goes further than {pix_limit:g} from where it starts.")
+    if settings.get("syn_aug"):
+        told.append("The student sees the pictures augmented, anew in each iteration: {operations}.")
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
     if settings.get("image_trainable") is False:
@@ -58,14 +64,18 @@ def describe(settings: dict) -> list[str]:
         "Every {eval_it} iterations {num_eval} fresh networks train on the pairs for {epoch_eval_train} epochs; "
         "their recall on the validation split is what the curves show, and what the best set is chosen by."
     )
+    if settings.get("eval_views"):
+        told.append("In an epoch such a network sees a picture as it is or in one of {eval_views} augmented views.")
     epochs = settings.get("expert_epochs")
     later = "an epoch" if epochs == 1 else f"{epochs} epochs"
     batch, number = settings.get("mini_batch_size"), settings.get("num_queries", 0)
     a_step = "all" if batch is None or batch >= number else str(batch)
+    operations = ", ".join(settings.get("syn_aug") or [])
     sentences = []
     for sentence in told:
         try:
-            sentences.append(sentence.format_map({**settings, "later": later, "pairs_a_step": a_step}))
+            made = {"later": later, "pairs_a_step": a_step, "operations": operations}
+            sentences.append(sentence.format_map({**settings, **made}))
         except (KeyError, ValueError, TypeError):  # an older set does not say
             continue
     return sentences

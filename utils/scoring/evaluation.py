@@ -1,20 +1,25 @@
 """Scoring a set of pairs: fresh models trained on it, and their recalls."""
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data.errors import InputError
 from networks.loss import PairLoss
 from utils import ranks
+from utils.device import copied_to
+from utils.forms import USUAL, mix, view_normalised
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
-from utils.sets import SynSet, fit_images, mix
+from utils.sets import SynSet, fit_images
 
 # Models that score a set start from other random numbers than the experts (seed + n) it was made from.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
+VIEW_SEED = 3_000_000  # of the views that networks train on
 _KEPT = weakref.WeakKeyDictionary()  # see `_word_features`
 BEST_LOOK = "best_look_"  # before the names of a best look's recalls
 
@@ -35,6 +40,7 @@ class Evaluation:
         epochs, batch_size, temperature: of their training, see `train_on_pairs`.
         batch_size_test: pictures at a time where nothing trains.
         image_size: side of the square input in pixels.
+        views: of each picture beside itself, of which a network sees one in an epoch, see `training_images`.
         looks: number of epochs at which to measure recalls; those of the best one, by `r_mean`, are among a model's
             numbers too, with `BEST_LOOK` before their names. Chosen on what they are measured on, they flatter.
     """
@@ -45,6 +51,7 @@ class Evaluation:
     batch_size_test: int
     image_size: int
     temperature: float
+    views: int = 0
     looks: int = 0
 
 
@@ -67,7 +74,8 @@ def evaluate_synset(
     at_epochs = look_epochs(evaluation.epochs * synset.phases, evaluation.looks or 1)
     text_embed = synset.text_syn.float().to(factory.device)
     targets = None if synset.targets is None else synset.targets.float().to(factory.device)
-    images = training_images(factory, synset, evaluation.image_size, evaluation.batch_size_test, seed)
+    sizes = evaluation.image_size, evaluation.batch_size_test
+    images = training_images(factory, synset, *sizes, seed, evaluation.views)
 
     def train_and_look(k: int) -> dict[str, float]:
         model, seen = factory.fresh(seed + k, PairLoss(synset.loss_type, evaluation.temperature)), []
@@ -113,8 +121,13 @@ def _finite_or_error(train: Callable) -> Callable:
     return call
 
 
-def training_images(factory, synset: SynSet, image_size: int, batch_size: int, seed: int = 0) -> torch.Tensor:
+def training_images(
+    factory, synset: SynSet, image_size: int, batch_size: int, seed: int = 0, views: int = 0
+) -> Tensor | Callable[[torch.Generator], Tensor]:
     """What networks of `factory` train on: pictures [M, 3, H, W], or a frozen encoder's output for them [M, D_enc].
+
+    With `views`, a function that draws such a tensor: of each picture itself or one of so many views (of mixtures: of
+    each picture that they are mixed from). They are the same for all networks and sets, see `VIEW_SEED`.
 
     Raises:
         InputError: the set's pictures are mixtures, and the encoder trains.
@@ -122,27 +135,54 @@ def training_images(factory, synset: SynSet, image_size: int, batch_size: int, s
     if synset.mixture and factory.image_trainable:
         raise InputError("the set's pictures are mixtures after a frozen encoder; add --image_trainable False")
     if synset.mixture:
-        features = _word_features(factory, synset, image_size, batch_size)
-        return mix(synset.mixture.weights.to(features), features)
-    images = _fitted(factory, synset, image_size)
-    return images if factory.image_trainable else embed_batches(factory.fresh(seed), images, batch_size)
+        features = _word_features(factory, synset, image_size, batch_size, views)
+        weights = synset.mixture.weights.to(features[0])
+        draw = functools.partial(_one_of_each, features)
+        return (lambda generator: mix(weights, draw(generator))) if views else mix(weights, features[0])
+    shown = _shown(factory, synset, image_size, views)
+    if not factory.image_trainable:
+        model = factory.fresh(seed)
+        shown = [embed_batches(model, images, batch_size) for images in shown]
+    shown = list(shown)
+    return functools.partial(_one_of_each, shown) if views else shown[0]
 
 
-def _fitted(factory, synset: SynSet, image_size: int) -> torch.Tensor:
-    images = fit_images(synset, image_size, factory.encoder.mean, factory.encoder.std)
-    return images.to(factory.device, memory_format=torch.channels_last)
+def _one_of_each(shown: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Row i is that of one of the tensors [P, …], drawn for each row."""
+    drawn = torch.randint(len(shown), (len(shown[0]),), generator=generator)
+    drawn = copied_to(shown[0].device, drawn).view(-1, *[1] * (shown[0].ndim - 1))
+    seen = shown[0]
+    for number, view in enumerate(shown[1:], 1):
+        seen = torch.where(drawn == number, view, seen)
+    return seen
 
 
-def _word_features(factory, synset: SynSet, image_size: int, batch_size: int) -> torch.Tensor:
-    """A frozen encoder's output [N, D_enc] for what mixtures are made of; that of the factory's last set is kept."""
+def _shown(factory, synset: SynSet, image_size: int, views: int) -> Iterator[Tensor]:
+    """The pictures [P, 3, H, W], then each view of them."""
+    encoder = factory.encoder
+    images = fit_images(synset, image_size, encoder.mean, encoder.std)
+    images = images.to(factory.device, memory_format=torch.channels_last)
+    yield images
+    generator = torch.Generator().manual_seed(VIEW_SEED)
+    for _ in range(views):
+        seen = view_normalised(images, encoder.mean, encoder.std, USUAL, generator)
+        yield seen.contiguous(memory_format=torch.channels_last)
+
+
+def _word_features(factory, synset: SynSet, image_size: int, batch_size: int, views: int) -> list[Tensor]:
+    """A frozen encoder's outputs [N, D_enc] for what mixtures are made of, then for each view of it.
+
+    Those of the factory's last set are kept.
+    """
     words, kept = synset.mixture.words, _KEPT.get(factory)
-    if kept is None or kept[0] is not words or kept[1] != image_size:
-        features = embed_batches(factory.fresh(0), _fitted(factory, synset, image_size), batch_size)
-        _KEPT[factory] = kept = words, image_size, features
+    if kept is None or kept[0] is not words or kept[1] != (image_size, views):
+        model = factory.fresh(0)
+        features = [embed_batches(model, images, batch_size) for images in _shown(factory, synset, image_size, views)]
+        _KEPT[factory] = kept = words, (image_size, views), features
     return kept[2]
 
 
 @torch.no_grad()
-def embed_batches(model, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+def embed_batches(model, images: Tensor, batch_size: int) -> Tensor:
     """A frozen encoder's output [M, D_enc] for pictures [M, 3, H, W], `batch_size` at a time."""
     return torch.cat([model.embed_images(part) for part in images.split(batch_size)])

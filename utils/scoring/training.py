@@ -129,24 +129,26 @@ def train_on_pairs(
 ) -> float:
     """Trains `model` on M pairs as the evaluation does; returns the last epoch's mean loss.
 
-    SGD, momentum 0.9, weight decay 5e-4, no augmentation, both rates × 0.1 after half the epochs; so on the pairs of
+    SGD, momentum 0.9, weight decay 5e-4, both rates × 0.1 after half the epochs; so on the pairs of
     each phase, one after the other. The order of pairs and dropout depend only on `seed`.
 
     Args:
-        images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]. text_embed: [M, D_text].
+        images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]; or a function that draws
+            those of an epoch by a generator. text_embed: [M, D_text].
         targets: S of `PairLoss` [M, M]; None for hard targets.
         on_epoch: called after each epoch with its number, from 1, counted over all phases.
     """
     order = torch.Generator().manual_seed(seed)
 
     def batches(rows, epoch):
-        indices = rows[torch.randperm(len(rows), generator=order)].to(images.device).split(batch_size)
-        return ((images[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
+        indices = rows[torch.randperm(len(rows), generator=order)].to(text_embed.device).split(batch_size)
+        seen = images(order) if callable(images) else images
+        return ((seen[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         losses = []
-        for rows in phase_rows(len(images), phases):
+        for rows in phase_rows(len(text_embed), phases):
             training = train_epochs(
                 model,
                 functools.partial(batches, rows),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.device import copied_to
 from utils.sets.similarity import similarity_names
 
 BATCH_ORDERS = ("independent", "permutation")
@@ -17,7 +18,7 @@ class Pairs:
     """What is learned: M synthetic pairs, the two rates the student trains with, and soft targets if wanted.
 
     Attributes:
-        image_syn: [M, 3, H, W] normalised pixels; or [M, N] weights of mixtures, see `utils.sets.mixtures`.
+        image_syn: [M, 3, H, W] normalised pixels; or what stands for them, see `utils.forms.PictureForm`.
         text_syn: [M, D_text] text embeddings.
         syn_lr_img, syn_lr_txt: scalars, β of the image and of the text tower.
         similarity: parts of S, see `utils.sets.similarity`; empty for hard targets.
@@ -62,9 +63,7 @@ def draw_batches(
 
 def rows_on(device: torch.device, batches: Sequence[Tensor]) -> list[Tensor]:
     """`batches`, indices on the CPU, moved to `device` in one copy that no GPU is waited for."""
-    rows = torch.cat(list(batches))
-    rows = rows.pin_memory() if device.type == "cuda" else rows
-    return list(rows.to(device, non_blocking=True).split([len(batch) for batch in batches]))
+    return list(copied_to(device, torch.cat(list(batches))).split([len(batch) for batch in batches]))
 
 
 def phase_rows(num_pairs: int, phases: int) -> list[Tensor]:

@@ -10,8 +10,8 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
+from utils.forms import Mixture, PictureForm
 from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
-from utils.sets.mixtures import Mixture, PictureForm
 from utils.sets.pairs import Pairs
 from utils.sets.released import METHOD, is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
@@ -118,9 +118,8 @@ def as_synset(
     else:
         method = "distilled texts" if settings["text_only"] else "distilled"
     pairs = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors())
-    mixture, images = None, pairs.image_syn
-    if form.pictures is not None:
-        images = form.pictures[: len(images)]
+    mixture = None
+    images = form.render(pairs.image_syn) if form.pictures is None else form.pictures[: len(pairs.image_syn)]
     if form.words is not None:
         mixture = Mixture(pairs.image_syn.half().float().cpu(), form.words)  # scored in the precision that is stored
     rates = torch.stack([pairs.syn_lr_img, pairs.syn_lr_txt]).view(2, -1)

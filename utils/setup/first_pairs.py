@@ -8,16 +8,14 @@ from torch import Tensor
 from data.errors import InputError
 from data.pairs import PairDataset, load_images
 from data.transforms import normalize
+from utils.forms import PictureForm, Pyramid, as_words, read_words
 from utils.matching import FIT
 from utils.scoring import embed_images, kmeans, pair_features, random_rows
 from utils.sets import (
     Pairs,
-    PictureForm,
     SynSet,
-    as_words,
     initial_similarity,
     load_synset,
-    read_words,
     with_text_encoder,
 )
 from utils.setup.backbones import Backbone
@@ -78,16 +76,25 @@ def first_pairs(
         pictures = normalize(read_words(words), mean, std)
     elif args.text_only and not args.image_trainable:
         pictures = image_syn  # they stay, and go through each encoder once for the whole run
-    if pictures is not None:
-        image_syn = torch.eye(args.num_queries, len(pictures))
+    image_syn = image_syn.to(device, memory_format=torch.channels_last)
+    form = PictureForm(
+        mean,
+        std,
+        pictures=pictures,
+        words=words,
+        pyramid=Pyramid(args.image_size) if args.pix_param == "pyramid" else None,
+        limit=args.pix_limit,
+        start=None if args.pix_limit is None else image_syn.clone(),  # pixels that are learned move in place
+    )
+    image_syn = form.hold(image_syn) if pictures is None else torch.eye(args.num_queries, len(pictures), device=device)
     pairs = Pairs(
-        image_syn=image_syn.to(device, memory_format=torch.channels_last if image_syn.ndim == 4 else None),
+        image_syn=image_syn,
         text_syn=text_syn.to(device),
         syn_lr_img=first_rate(args.lr_teacher_img, len(backbones)).to(device),
         syn_lr_txt=first_rate(args.lr_teacher_txt, len(backbones)).to(device),
         similarity=tuple(part.to(device) for part in similarity),
     )
-    return pairs, PictureForm(mean, std, pictures, words)
+    return pairs, form
 
 
 def other_pictures(real: PairDataset, rows: Tensor, number: int, generator: torch.Generator) -> list:

@@ -67,6 +67,7 @@ def make_evaluation(args, looks: int = 0) -> Evaluation:
         batch_size_test=args.batch_size_test,
         image_size=args.image_size,
         temperature=args.temperature,
+        views=args.eval_views,
         looks=looks,
     )
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from utils.forms import PictureForm, mix, view_normalised
 from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
 from utils.scoring import embed_batches
-from utils.sets import Pairs, PictureForm, mix
+from utils.sets import Pairs
 from utils.setup.backbones import Backbone
 from utils.setup.first_pairs import UNIT
 from utils.student import Segment, StudentLoss, check_shares
@@ -72,6 +73,18 @@ def renormalize(pixels: Tensor, old, new) -> Tensor:
     return (pixels * old_std + old_mean - mean) / std
 
 
+def seen_pictures(args, form: PictureForm, image_syn: Tensor, iteration: int) -> Tensor:
+    """The pictures [M, 3, H, W] that students of an iteration see, with a graph back to `image_syn`, which is learned.
+
+    `image_syn` itself where that is what they see.
+    """
+    pictures = form.render(image_syn)
+    if args.syn_aug:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        pictures = view_normalised(pictures, form.mean, form.std, args.syn_aug, generator)
+    return pictures if pictures is image_syn else pictures.contiguous(memory_format=torch.channels_last)
+
+
 def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
     """The pairs with the rates of one encoder alone, scalars."""
     if pairs.syn_lr_img.ndim == 0:
@@ -79,8 +92,8 @@ def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
     return replace(pairs, syn_lr_img=pairs.syn_lr_img[number], syn_lr_txt=pairs.syn_lr_txt[number])
 
 
-def make_learner(args, pairs: Pairs) -> PairLearner:
-    """Moves `pairs`; a modality that is not to be learned keeps its values."""
+def make_learner(args, pairs: Pairs, form: PictureForm) -> PairLearner:
+    """Moves `pairs`, whose pictures are held as `form` says; a modality that is not to be learned keeps its values."""
     return PairLearner(
         pairs,
         lr_img=0.0 if args.text_only else args.lr_img,
@@ -89,4 +102,5 @@ def make_learner(args, pairs: Pairs) -> PairLearner:
         optimizer=args.optimizer,
         lr_sim=args.lr_sim,
         ema_decay=args.ema_decay,
+        spread=form.spread(pairs.image_syn),
     )

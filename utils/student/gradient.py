@@ -117,6 +117,15 @@ def mean_over_encoders(matchings: Mapping[int, Matching], number: int) -> Matchi
     return replace(mean, gradient=replace(mean.gradient, **rates))
 
 
+def pulled_back(matching: Matching, pictures: Tensor, learned: Tensor) -> Matching:
+    """The gradient of `learned` in the place of that of `pictures`, which were made from it with a graph, used up."""
+    if pictures is learned:
+        return matching
+    (image_syn,) = torch.autograd.grad(pictures, learned, matching.gradient.image_syn)
+    ranks.take_from_first([image_syn])  # a GPU's sums may differ in the last bit
+    return replace(matching, gradient=replace(matching.gradient, image_syn=image_syn))
+
+
 def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
     start, target = (to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target))
     return matching_gradient(loss_fn, start, target, pairs, segment.batches, segment.seed, *how)
