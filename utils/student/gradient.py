@@ -4,7 +4,7 @@ Notation as in utils/student/sweep.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,39 @@ from utils import ranks
 from utils.sets import Pairs
 from utils.student.chunks import ChunkedSteps
 from utils.student.embedded import EmbeddedPictures
+from utils.student.heads import history_is_smaller, match_heads
 from utils.student.loss import Parameters, StudentLoss
-from utils.student.segment import Segment, to_device
 from utils.student.share import SharedSteps
 from utils.student.steps import WholeSteps
 from utils.student.sweep import Matching, match
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an expert's trajectory, and what the student's steps from its start are made of.
+
+    Attributes:
+        start_epoch: s.
+        start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
+        batches: indices into the pairs for each step, see `draw_batches`.
+        seed: of the random numbers in the student's steps.
+    """
+
+    start_epoch: int
+    start: dict[str, Tensor]
+    target: dict[str, Tensor]
+    batches: list[Tensor]
+    seed: int
+
+
+def prepare(snapshot: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The snapshot in the memory layout of the models, and where a GPU can fetch it without waiting."""
+    snapshot = {n: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in snapshot.items()}
+    return {n: v.pin_memory() for n, v in snapshot.items()} if device.type == "cuda" else snapshot
+
+
+def to_device(snapshot: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in snapshot.items()}
 
 
 def matching_gradient(
@@ -92,7 +120,7 @@ def mean_matching(
     pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
     embedded, heads = replace(pairs, image_syn=pictures.embed), loss_fn.on_embeddings()
     with ranks.alone():
-        matching = _mean((_matched(segment, heads, embedded, None, *how) for segment in segments), len(segments))
+        matching = _mean((_heads_matched(segment, heads, embedded, *how) for segment in segments), len(segments))
     image_syn, *others = matching.gradient.tensors()
     ranks.take_from_first(others)
     matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
@@ -118,8 +146,17 @@ def mean_over_encoders(matchings: Mapping[int, Matching], number: int) -> Matchi
 
 
 def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
-    start, target = (to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target))
-    return matching_gradient(loss_fn, start, target, pairs, segment.batches, segment.seed, *how)
+    return matching_gradient(loss_fn, *_ends(segment, pairs), pairs, segment.batches, segment.seed, *how)
+
+
+def _heads_matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
+    if not history_is_smaller(loss_fn, segment.start, segment.batches):
+        return _matched(segment, loss_fn, pairs, None, *how)
+    return match_heads(loss_fn, *_ends(segment, pairs), pairs, segment.batches, segment.seed, *how)
+
+
+def _ends(segment: Segment, pairs: Pairs) -> list[Parameters]:
+    return [to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target)]
 
 
 def _mean(matchings: Iterable[Matching], number: int) -> Matching:
