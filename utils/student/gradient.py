@@ -62,7 +62,7 @@ def matching_gradient(
 ) -> Matching:
     """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
 
-    How it is taken, see `match`. For a frozen image encoder see `mean_matching`.
+    How it is taken, see `match`. For a frozen image encoder see `mean_matching` and, of heads, utils/student/heads.py.
 
     Ranks share the pairs of each step (of a frozen image encoder, the pictures) and return the same gradient. With an
     image tower that draws random numbers their shares are whole chunks of `pair_chunk`, so that the numbers are those
@@ -110,7 +110,7 @@ def mean_matching(
 
     Where the student's image encoder is frozen, each picture of any segment goes through it once, the steps and the
     sweeps run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels: then
-    further segments cost little.
+    further segments cost little. Of what trains no weights are stored where the rows of all steps are smaller.
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     how = momentum, adjoint_decay

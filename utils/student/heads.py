@@ -49,11 +49,8 @@ class LinearHistory:
 
     def __call__(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """inputs W_tᵀ + bias [B, D]."""
-        outputs = F.linear(inputs, self.start, bias)
-        if not len(self.inputs):
-            return outputs
-        own = [damped(value, self.adjoint_decay) for value in (self.inputs, self.deltas, self.rate)]
-        return outputs - self._moved(inputs, *own)
+        history = [damped(value, self.adjoint_decay) for value in (self.inputs, self.deltas, self.rate)]
+        return F.linear(inputs, self.start, bias) - self._moved(inputs, *history)
 
     def add(self, inputs: Tensor, deltas: Tensor) -> None:
         """Takes a step with x [B, D_in] and δ [B, D]."""
@@ -64,7 +61,7 @@ class LinearHistory:
     def squared_distances(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """‖W_t − target‖² and ‖W_0 − target‖²."""
         difference = self.start - target
-        travelled = (difference**2).sum()
+        travelled = (torch.linalg.vector_norm(difference, dim=1) ** 2).sum()  # holds no matrix of squares
         moved = self._moved(self.inputs, self.inputs, self.deltas, self.rate)
         of_rows = (self.deltas * (2 * similarities(self.inputs, difference) - moved)).sum(dim=1)
         return travelled - (self.rate * self.coefficients * of_rows).sum(), travelled
@@ -100,7 +97,8 @@ class HeadsStudent:
     """θ_t of a student of heads: `layers` of linear weights, `others` as they are."""
 
     def __init__(self, loss_fn: StudentLoss, start: Parameters, pairs: Pairs, momentum: float, adjoint_decay: float):
-        self.loss_fn, self.start, self.pairs = loss_fn, start, pairs
+        self.loss_fn, self.pairs = loss_fn, pairs
+        self.start = start = {name: value.detach() for name, value in start.items()}
         self.momentum, self.adjoint_decay = momentum, adjoint_decay
         rates = {n: pairs.syn_lr_img if loss_fn.towers[n] == IMAGE else pairs.syn_lr_txt for n in start}
         linear = linear_weights(loss_fn, start)
