@@ -144,7 +144,7 @@ def parse_args(argv=None):
         nargs=5,
         action="append",
         metavar=("WIDTH", "TEXTS", "PAIRS", "BATCH", "STEPS"),
-        help="of students of heads: widths of features and of texts, pairs, pairs in a step, steps; again for another row",
+        help="of students of heads: width of features, of texts, pairs, pairs in a step, steps; again for another row",
     )
     add("--momentum", type=float, default=0.0, help="of the students of --of_heads")
     add("--repeats", type=int, default=5, help="times are medians of so many")
