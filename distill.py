@@ -7,13 +7,14 @@ the gradient of its distance to where the expert went back into pictures, text e
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.errors import InputError
 from utils import cli, ranks
-from utils.cli.checks import check_encoders, check_first_pairs, check_targets
+from utils.cli.checks import check_encoders, check_first_pairs, check_sentences, check_targets
 from utils.cli.errors import guarded_scoring
 from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
@@ -43,6 +44,7 @@ from utils.setup import (
     mean_share,
     open_backbones,
     open_data,
+    open_dictionary,
     pairs_of_encoder,
 )
 from utils.student import mean_matching, mean_over_encoders
@@ -105,6 +107,7 @@ def main(argv=None):
     # Refused before anything is read: flags that do not go together, and a folder that holds another run.
     check_encoders(args)
     check_first_pairs(args)
+    check_sentences(args)
     check_targets(args)
     check_run_folder(args)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
@@ -132,6 +135,7 @@ class Distillation:
         # The synthetic pairs. What ranks draw is the same on all, what they compute may differ in the last bit.
         self.pairs, self.form = first_pairs(args, self.real, self.real_embed, self.backbones)
         ranks.take_from_first(self.pairs.tensors())
+        self.dictionary = open_dictionary(args, self.pairs.text_syn, self.real, self.real_embed)
         self.start_students()
         self.start_learner()
         self.start_log(command)
@@ -154,7 +158,7 @@ class Distillation:
         if not self.args.resume:  # else the rates are in the saved state
             for number, student in enumerate(self.students):
                 student.fit_first_rates(pairs_of_encoder(self.pairs, number))
-        self.learner = make_learner(self.args, self.pairs)
+        self.learner = make_learner(self.args, self.pairs, self.dictionary)
         if self.args.resume:
             resume(self.args, self.learner)
 
@@ -255,11 +259,17 @@ class Distillation:
         self.bar.update()
 
     def current_set(self) -> SynSet:
-        """The pairs, or their average with --ema_decay, each with the real caption nearest to its text."""
-        pairs = self.learner.averaged
+        """The pairs, or their average with --ema_decay, each with the real caption nearest to its text.
+
+        Texts of a dictionary are projected here, in the copy alone: how often a run is scored does not change it.
+        """
+        pairs, sentences = self.learner.averaged, None
+        if self.dictionary:
+            text_syn, sentences = self.dictionary.describe(pairs.text_syn)
+            pairs = replace(pairs, text_syn=text_syn)
         captions = nearest_captions(pairs.text_syn, self.real_embed, self.real.captions)
         names = [backbone.name for backbone in self.backbones]
-        return as_synset(pairs, self.form, captions, names, vars(self.args), self.learner.iteration)
+        return as_synset(pairs, self.form, captions, names, vars(self.args), self.learner.iteration, sentences)
 
     def save(self) -> None:
         """Saves the set and the state; after a spoilt step those of the last evaluation stay."""

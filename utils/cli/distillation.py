@@ -52,6 +52,19 @@ def _add_pair_flags(parser: Parser) -> None:
         "frozen image encoder, so that any encoder can take them",
     )
     add("--pix_words", type=count, default=1000, help="real pictures that mixtures are made of, stored with the set")
+    add(
+        "--txt_param",
+        choices=("embeddings", "mixture"),
+        default="embeddings",
+        help="what is saved of the texts: any embeddings, or sums of few sentences with weights, so that any text "
+        "encoder can take them",
+    )
+    add("--txt_terms", type=count, default=16, help="sentences that a text of a mixture has at most")
+    add(
+        "--txt_words",
+        metavar="FILE",
+        help="sentences or words that mixtures are made of, one a line or a .json list, instead of training captions",
+    )
     pairs.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
     pairs.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
     add("--sim_type", choices=SIM_TYPES, default="none", help="learn how alike pairs are: the targets of the loss")
@@ -133,6 +146,13 @@ def _add_outer_flags(parser: Parser) -> None:
     add("--lr_lr", type=rate, help="rate of the learned rates: 0.01 with sgd, 0.02 of their logarithm with adam")
     add("--lr_sim", type=rate, help="rate of the soft targets: 10 with sgd, 0.03 with adam")
     add("--ema_decay", type=number(float, least=0, below=1), default=0.0, help=EMA_HELP)
+    add(
+        "--project_it",
+        type=number(int, least=0),
+        default=1,
+        help="texts of --txt_param mixture are free between iterations, and made of sentences again every so many; 0 "
+        "for when they are saved alone",
+    )
     add(
         "--adjoint_decay",
         type=number(float, least=0, most=1),

@@ -43,6 +43,8 @@ def describe(settings: dict) -> list[str]:
         told.append("An iteration takes the mean over {segments} such students.")
     if settings.get("pix_param") == "mixture":
         told.append("A picture is a mixture of {pix_words} real ones after the encoder: its weights are learned.")
+    if settings.get("txt_param") == "mixture":
+        told.append("A text is a sum of at most {txt_terms} sentences with weights.")
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
     if settings.get("image_trainable") is False:

@@ -2,7 +2,7 @@
 
 from utils.sets.export import export_released, export_sets
 from utils.sets.folders import LEFT_OUT, with_text_encoder
-from utils.sets.mixtures import PictureForm, as_words, mix, read_words
+from utils.sets.mixtures import PictureForm, Sentences, as_words, mix, mix_terms, read_words
 from utils.sets.pairs import BATCH_ORDERS, Pairs, draw_batches, phase_rows, rows_on
 from utils.sets.pictures import before_and_after, fit_images, picture_grid, share_out_of_range
 from utils.sets.released import is_released
