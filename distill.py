@@ -30,7 +30,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
     Student,
@@ -80,13 +80,17 @@ def distill(run: "Distillation") -> None:
         # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
+        # With --txt_param mixture the student sees a sum of few sentences in the place of each text. The gradient of
+        # that sum moves the free text behind it, straight through the choice of sentences (Bengio et al., 2013).
+        seen = run.as_seen(learner.pairs)
+
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
         # The gradient goes back through every step into pictures, texts and rates.
         # Steps, distance and gradient are one call: steps are taken again on the way back, in the memory of one.
         # `unroll` in tests/unroll.py is the definition: loss and gradient must equal those of torch's own derivatives.
         matchings = {
-            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(learner.pairs, number))
+            number: run.students[number].run(mean_matching, drawn, pairs=pairs_of_encoder(seen, number))
             for number, drawn in segments.items()
         }
         losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
@@ -157,8 +161,8 @@ class Distillation:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
             for number, student in enumerate(self.students):
-                student.fit_first_rates(pairs_of_encoder(self.pairs, number))
-        self.learner = make_learner(self.args, self.pairs, self.dictionary)
+                student.fit_first_rates(pairs_of_encoder(self.as_seen(self.pairs), number))
+        self.learner = make_learner(self.args, self.pairs)
         if self.args.resume:
             resume(self.args, self.learner)
 
@@ -184,6 +188,10 @@ class Distillation:
         self.log(shown.training, step=self.learner.iteration)
         hidden = None if ranks.is_first() else True  # None: where stderr is no terminal
         self.bar = tqdm(total=args.Iteration, desc="distill", initial=self.learner.iteration, disable=hidden)
+
+    def as_seen(self, pairs: Pairs) -> Pairs:
+        """The pairs with the mixtures of --txt_param mixture in the place of their texts; else as they are."""
+        return replace(pairs, text_syn=self.dictionary.project(pairs.text_syn)) if self.dictionary else pairs
 
     def is_due(self) -> bool:
         """Whether the pairs are to be scored before the next step."""
@@ -259,10 +267,7 @@ class Distillation:
         self.bar.update()
 
     def current_set(self) -> SynSet:
-        """The pairs, or their average with --ema_decay, each with the real caption nearest to its text.
-
-        Texts of a dictionary are projected here, in the copy alone: how often a run is scored does not change it.
-        """
+        """The pairs as seen, or their average with --ema_decay, each with the real caption nearest to its text."""
         pairs, sentences = self.learner.averaged, None
         if self.dictionary:
             text_syn, sentences = self.dictionary.describe(pairs.text_syn)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import buffer
 import distill
@@ -13,8 +14,8 @@ from data.annotations import clean_caption, read_sentences
 from networks.text_encoder import TextEncoder
 from tests.conftest import QUICK_BUFFER, QUICK_DISTILL
 from tests.programs import error_line, input_error, score_sets
-from utils.matching import Dictionary, PairLearner, pursue
-from utils.sets import Pairs, Sentences, export_sets, load_synset, save_synset
+from utils.matching import pursue
+from utils.sets import Sentences, export_sets, load_synset, save_synset
 from utils.setup import dictionary
 
 MIXTURE = ["--txt_param", "mixture", "--txt_terms", "3", "--no_draw"]
@@ -71,23 +72,6 @@ def test_an_atom_that_is_there_twice_is_taken_once():
     assert np.allclose(fitted, (atoms[[0, 1, 3]].T.numpy() @ expected).T)
 
 
-def test_learned_texts_are_brought_back_every_so_many_steps():
-    words = Dictionary([f"word {i}" for i in range(20)], normal(0, 20, 8), 2)
-    pairs = Pairs(torch.eye(3, 4), normal(1, 3, 8), torch.tensor(0.1), torch.tensor(0.1))
-    gradient = Pairs(torch.zeros(3, 4), normal(2, 3, 8), torch.tensor(0.0), torch.tensor(0.0))
-    expected = pairs.text_syn.clone()
-    learner = PairLearner(pairs, 0.0, 0.1, 0.0, project=words.project, project_it=2)  # SGD with momentum 0.5
-    speed = 0
-    for step in range(1, 5):
-        learner.step(gradient)
-        speed = 0.5 * speed + gradient.text_syn
-        expected = expected - 0.1 * speed
-        if step % 2 == 0:
-            made_of = [brute_force(text.numpy(), words.embeddings.numpy(), 2) for text in expected]
-            expected = torch.stack([torch.from_numpy(w) @ words.embeddings[rows] for rows, w in made_of])
-        assert torch.allclose(pairs.text_syn.detach(), expected)
-
-
 # ---- what a set holds
 
 
@@ -135,14 +119,7 @@ def test_the_page_shows_what_texts_are_made_of(mixed):
     assert "A text is a sum of at most 3 sentences with weights." in page
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--project_it", 1],
-        ["--project_it", 2, "--ema_decay", 0.5, "--optimizer", "adam", "--lr_txt", 0.1, "--text_only"],
-        ["--project_it", 0],
-    ],
-)
+@pytest.mark.parametrize("more", [[], ["--ema_decay", 0.5, "--optimizer", "adam", "--lr_txt", 0.1, "--text_only"]])
 def test_a_resumed_run_goes_on_exactly(run_distill, tmp_path, more):
     assert run_distill(tmp_path / "a", *MIXTURE, *QUICK, *more, "--Iteration", 5) == 0
     assert run_distill(tmp_path / "b", *MIXTURE, *QUICK, *more, "--Iteration", 3) == 0
@@ -152,19 +129,41 @@ def test_a_resumed_run_goes_on_exactly(run_distill, tmp_path, more):
     assert a.sentences.texts() == b.sentences.texts()
 
 
-def test_pursued_at_the_end_alone_the_texts_are_those_of_a_free_run(run_distill, tmp_path):
-    """And how often a run is scored changes nothing."""
-    often = ["--project_it", 0, "--eval_it", 1]
-    assert run_distill(tmp_path / "a", *MIXTURE, *QUICK, *often, "--Iteration", 3) == 0
-    assert run_distill(tmp_path / "b", "--no_draw", *QUICK, "--Iteration", 3) == 0
-    a, b = (load_synset(tmp_path / name / "last.safetensors") for name in "ab")
-    assert torch.equal(a.image_syn, b.image_syn) and not torch.equal(a.text_syn, b.text_syn)
-    captions = list(dict.fromkeys(load_captions(a.settings)))
+@pytest.fixture
+def free(straight, run_distill, tmp_path):
+    """A set of free texts far from sentences."""
+    synset = load_synset(straight / "last.safetensors")
+    synset.text_syn = synset.text_syn + 0.3 * normal(0, *synset.text_syn.shape).float() * synset.text_syn.std()
+    save_synset(tmp_path / "free.safetensors", synset)
+    return tmp_path / "free.safetensors"
+
+
+def test_a_saved_text_is_the_pursuit_of_the_free_one(run_distill, free, tmp_path):
+    assert run_distill(tmp_path / "a", *MIXTURE, *QUICK, "--Iteration", 0, "--init_set", free) == 0
+    synset = load_synset(tmp_path / "a/last.safetensors")
+    captions = list(dict.fromkeys(load_captions(synset.settings)))
     atoms = TextEncoder("demo", "mean").encode(captions).double().numpy()
-    for text, free in zip(a.sentences.texts(), b.text_syn.double().numpy(), strict=True):
-        taken, weights = brute_force(free, atoms, 3)
+    for made_of, text in zip(synset.sentences.texts(), load_synset(free).text_syn.double().numpy(), strict=True):
+        taken, weights = brute_force(text, atoms, 3)
         expected = {captions[i]: weight for i, weight in zip(taken, weights, strict=True)}
-        assert dict(text) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert dict(made_of) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_gradient_at_the_mixture_moves_the_free_text(run_distill, free, tmp_path):
+    """The first step from free texts is the one that free texts take from where the mixtures are."""
+    texts = [load_synset(free).text_syn]
+    assert run_distill(tmp_path / "a", *MIXTURE, *QUICK, "--Iteration", 1, "--init_set", free) == 0
+    texts.append(load_file(tmp_path / "a/state.safetensors")["text_syn"])
+    mixtures = tmp_path / "a/iteration_000000.safetensors"
+    texts.append(load_synset(mixtures).text_syn)
+    assert run_distill(tmp_path / "b", "--no_draw", *QUICK, "--Iteration", 1, "--init_set", mixtures) == 0
+    texts.append(load_synset(tmp_path / "b/last.safetensors").text_syn)
+    step, expected = texts[1] - texts[0], texts[3] - texts[2]
+    assert (texts[0] - texts[2]).norm() > 10 * step.norm() > 0
+    assert torch.allclose(step, expected, atol=0.01 * expected.abs().max().item())
+    a, b = (load_synset(tmp_path / name / "last.safetensors") for name in "ab")
+    assert torch.allclose(a.image_syn, b.image_syn, atol=1e-6)
+    assert (a.syn_lr_img, a.syn_lr_txt) == pytest.approx((b.syn_lr_img, b.syn_lr_txt))
 
 
 def load_captions(settings):
@@ -286,8 +285,8 @@ def test_what_cannot_be(run_distill, tmp_path, capsys, more, words):
 
 def test_a_run_is_not_resumed_with_other_sentences(run_distill, mixed, capsys):
     argv = [*MIXTURE, "--ema_decay", 0.5, "--resume", "--Iteration", 5]
-    line = error_line(capsys, run_distill, mixed, *argv, "--project_it", 3)
-    assert "project_it=1" in line
+    line = error_line(capsys, run_distill, mixed, *argv, "--txt_terms", 4)
+    assert "txt_terms=3" in line
     line = error_line(capsys, run_distill, mixed, "--ema_decay", 0.5, "--resume", "--Iteration", 5)
     assert "txt_param=mixture" in line
 

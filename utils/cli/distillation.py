@@ -147,13 +147,6 @@ def _add_outer_flags(parser: Parser) -> None:
     add("--lr_sim", type=rate, help="rate of the soft targets: 10 with sgd, 0.03 with adam")
     add("--ema_decay", type=number(float, least=0, below=1), default=0.0, help=EMA_HELP)
     add(
-        "--project_it",
-        type=number(int, least=0),
-        default=1,
-        help="texts of --txt_param mixture are free between iterations, and made of sentences again every so many; 0 "
-        "for when they are saved alone",
-    )
-    add(
         "--adjoint_decay",
         type=number(float, least=0, most=1),
         default=1.0,

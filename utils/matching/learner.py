@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,8 +36,6 @@ class PairLearner:
         lr_img, lr_txt, lr_lr, lr_sim: learning rates of the pixels, the text embeddings, the learned rates and the soft
             targets; 0 keeps them.
         ema_decay: of the average of the pairs over the steps, `averaged`; 0 for the pairs themselves.
-        project: what brings texts [M, D_text] back to those that a set can hold; None for any texts.
-        project_it: it is done after every so many steps; 0 for never.
 
     Attributes:
         pairs: the current `Pairs`.
@@ -64,13 +61,10 @@ class PairLearner:
         optimizer: str = "sgd",
         lr_sim: float = 0.0,
         ema_decay: float = 0.0,
-        project: Callable[[Tensor], Tensor] | None = None,
-        project_it: int = 0,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer}; there are {', '.join(OPTIMIZERS)}")
         self.pairs, self.ema_decay = pairs, ema_decay
-        self.project, self.project_it = project, project_it if project else 0
         self.averaged = Pairs.of(tensor.detach().clone() for tensor in pairs.tensors()) if ema_decay else pairs
         self.in_logs, self.lr_lr = optimizer in RELATIVE, lr_lr
         self.guard = Guard()
@@ -107,8 +101,6 @@ class PairLearner:
             if before[name].ndim:
                 self._keep_idle(name, before[name], getattr(gradient, name) == 0)
         self.iteration += 1
-        if self.project_it and self.iteration % self.project_it == 0:
-            self.pairs.text_syn.copy_(self.project(self.pairs.text_syn))
         if self.ema_decay:
             newest = (1 - self.ema_decay) / (1 - self.ema_decay ** (self.iteration - self.phase_start))
             for average, value in zip(self.averaged.tensors(), self.pairs.tensors(), strict=True):

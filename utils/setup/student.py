@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from utils.matching import FIT, Dictionary, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
+from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
 from utils.scoring import embed_batches
 from utils.sets import Pairs, PictureForm, mix
 from utils.setup.backbones import Backbone
@@ -79,8 +79,8 @@ def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
     return replace(pairs, syn_lr_img=pairs.syn_lr_img[number], syn_lr_txt=pairs.syn_lr_txt[number])
 
 
-def make_learner(args, pairs: Pairs, dictionary: Dictionary | None) -> PairLearner:
-    """Moves `pairs`; a modality that is not to be learned keeps its values. Texts are those of `dictionary`, if any."""
+def make_learner(args, pairs: Pairs) -> PairLearner:
+    """Moves `pairs`; a modality that is not to be learned keeps its values."""
     return PairLearner(
         pairs,
         lr_img=0.0 if args.text_only else args.lr_img,
@@ -89,6 +89,4 @@ def make_learner(args, pairs: Pairs, dictionary: Dictionary | None) -> PairLearn
         optimizer=args.optimizer,
         lr_sim=args.lr_sim,
         ema_decay=args.ema_decay,
-        project=dictionary.project if dictionary else None,
-        project_it=args.project_it,
     )
