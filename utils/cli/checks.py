@@ -69,6 +69,17 @@ def _check_mixture(args) -> None:
         raise InputError(f"--pix_words {args.pix_words} is less than the {args.num_queries} pairs; raise it")
 
 
+def check_sentences(args) -> None:
+    """Of distill.py: texts that cannot be made of sentences, or sentences for texts that are not."""
+    if args.txt_param == "mixture":
+        if args.image_only:
+            raise InputError("--txt_param mixture learns texts, and --image_only keeps them; drop one")
+        if args.txt_init == "noise":
+            raise InputError("--txt_param mixture starts from real texts; leave out --txt_init noise")
+    elif args.txt_words:
+        raise InputError("--txt_words is what --txt_param mixture makes texts of; add that, or drop it")
+
+
 def check_coreset(args) -> None:
     """Of coreset.py: flags with which the method cannot work."""
     if args.output and not args.output.endswith(".safetensors"):

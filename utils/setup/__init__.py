@@ -17,6 +17,7 @@ from utils.setup.data import (
     open_data,
     retrieval_pairs,
 )
+from utils.setup.dictionary import open_dictionary
 from utils.setup.export import export
 from utils.setup.first_pairs import encoder_features, first_pairs
 from utils.setup.networks import (
