@@ -9,6 +9,7 @@ import torch
 from networks.lora import Lora
 from tests.card import CARD, NEEDS_CARD, fill_the_card, full_precision  # noqa: F401, a fixture for every test
 from tests.unroll import NAMES, Problem, check_chunks, relative_error, unroll_gradient
+from utils.forms import OPERATIONS, PictureForm, Pyramid, view_normalised
 from utils.matching import OutOfMemory, fit_pair_chunk, guarded
 from utils.sets import Pairs, draw_batches
 from utils.student import matching_gradient, prepare, to_device
@@ -53,6 +54,20 @@ def test_gradient_with_adapters_and_with_a_frozen_text_tower(pair_chunk):
 def test_gradient_of_heads_over_a_frozen_encoder(pair_chunk):
     arguments = make("test_nfnet", freeze="image_encoder", image_projection=True).arguments(4)
     check_chunks(arguments, pair_chunk, unroll_gradient(*arguments, momentum=0.9), momentum=0.9)
+
+
+def test_views_and_their_gradient_are_those_of_the_cpu():
+    """And of pixels held in a pyramid, near their start."""
+    start = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    found = []
+    for device in (CARD, torch.device("cpu")):
+        form = PictureForm((0.4,) * 3, (0.2,) * 3, pyramid=Pyramid(24), limit=0.3, start=start.to(device))
+        learned = (form.hold(form.start) + 0.1).requires_grad_()
+        generator = torch.Generator().manual_seed(5)
+        views = view_normalised(form.render(learned), form.mean, form.std, OPERATIONS, generator)
+        found.append((views, torch.autograd.grad(views.square().sum(), learned)[0]))
+    for on_card, on_cpu in zip(*found, strict=True):
+        assert relative_error(on_card.cpu(), on_cpu) < 1e-5
 
 
 def test_gradient_is_that_of_the_cpu():
