@@ -311,7 +311,8 @@ def saved_when_stopped(run: Distillation):
 def show_evaluation(log, folder: Path, synset: SynSet, by_encoder: list, args) -> None:
     """Prints and logs an evaluation; with --draw saves and shows the picture grid."""
     iteration = synset.settings["iteration"]
-    mean, std = mean_and_std([recalls for results in by_encoder for recalls in results])
+    mean = mean_and_std([recalls for results in by_encoder for recalls in results])[0]
+    std = mean_and_std([mean_and_std(results)[1] for results in by_encoder])[0]  # over networks, not over encoders
     spread = {f"Mean/{k}": v for k, v in mean.items()} | {f"Std/{k}": v for k, v in std.items()}
     log({**mean, **(spread if args.std else {})}, step=iteration)
     tqdm.write(

@@ -24,7 +24,7 @@ class Student:
     """
 
     def __init__(self, args, backbone: Backbone, pairs: Pairs, form: PictureForm):
-        self.args, self.draws = args, backbone.draws
+        self.args, self.name, self.draws = args, backbone.name, backbone.draws
         self.real = None if form.pictures is None else RealPictures(backbone, form, args)
         embed = self.real or _embedding(backbone, form)
         self.loss_fn = StudentLoss(backbone.model, alpha=args.alpha, blend_alpha=args.blend_alpha, embed=embed)
@@ -52,7 +52,7 @@ class Student:
         segments = self.draws.read(0, pairs.image_syn.device)
         for name, rate in self.run(fit_first_rates, segments, pairs=pairs, names=names).items():
             getattr(pairs, name).fill_(rate)
-        print(f"first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
+        print(f"{self.name}: first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
 
 
 class RealPictures:
