@@ -7,7 +7,6 @@ import torch
 
 import buffer
 import distill
-from data.errors import InputError
 from data.transforms import normalize
 from networks.clip_model import ModelFactory
 from networks.image_encoder import build_image_encoder
@@ -18,6 +17,7 @@ from utils.experts import Trajectory
 from utils.forms import Mixture, as_words, mix
 from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
+from utils.scoring.training import train_on_pairs
 from utils.sets import Pairs, SynSet, load_synset, save_synset
 from utils.setup import args_of_encoders, pairs_of_encoder, settings_of_encoder
 from utils.setup.student import RealPictures
@@ -232,9 +232,31 @@ def test_a_mixture_of_one_picture_is_the_picture(tmp_path):
     plain = training_images(factory, synset_of(None, words, mean, std), 32, 2)
     usual = plain.norm(dim=1).mean()
     assert torch.allclose(images, (plain / plain.norm(dim=1, keepdim=True))[[0, 2, 1]] * usual, rtol=1e-4, atol=1e-5)
-    trainable = ModelFactory(lambda: build_image_encoder("test_resnet", 32, False), False, 5)
-    with pytest.raises(InputError, match="--image_trainable False"):
-        training_images(trainable, synset, 32, 2)
+
+
+def test_a_whole_network_trains_on_mixtures_as_on_the_pictures_they_are_made_of():
+    """One picture a mixture: training equals that on the pictures themselves, and moves the encoder."""
+    generator = torch.Generator().manual_seed(1)
+    words = as_words(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator))
+    factory = ModelFactory(lambda: build_image_encoder("test_nfnet", 32, False), False, 5)
+    mean, std = factory.encoder.mean, factory.encoder.std
+    synset = synset_of(torch.eye(4), words, mean, std)
+    pictures = normalize(Mixture(torch.eye(4), words).pictures(), mean, std)
+
+    def trained(pictures_of):
+        model = factory.fresh(3)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        train_on_pairs(model, pictures_of(model), synset.text_syn, 0.01, 0.01, epochs=3, batch_size=4, seed=5)
+        return start, {name: value.clone() for name, value in model.state_dict().items()}
+
+    (start, mixed), (_, plain) = (
+        trained(training_images(factory, synset, 32, 2).behind),
+        trained(lambda model: pictures),
+    )
+    assert all(torch.allclose(mixed[name], plain[name], rtol=1e-4, atol=1e-5) for name in plain)
+    assert not torch.equal(
+        mixed["image_encoder.model.stem.conv1.weight"], start["image_encoder.model.stem.conv1.weight"]
+    )
 
 
 def synset_of(weights, words, mean, std):

@@ -85,7 +85,7 @@ def evaluate_synset(
 
         loss = train_on_pairs(
             model,
-            images,
+            images.behind(model) if isinstance(images, MixedPictures) else images,
             text_embed,
             lr_img=synset.syn_lr_img,
             lr_txt=synset.syn_lr_txt,
@@ -122,17 +122,15 @@ def _finite_or_error(train: Callable) -> Callable:
 
 def training_images(
     factory, synset: SynSet, image_size: int, batch_size: int, seed: int = 0, views: int = 0
-) -> Tensor | Callable[[torch.Generator], Tensor]:
+) -> "Tensor | MixedPictures | Callable[[torch.Generator], Tensor]":
     """What networks of `factory` train on: pictures [M, 3, H, W], or a frozen encoder's output for them [M, D_enc].
 
     With `views`, a function that draws such a tensor: of each picture itself or one of so many views (of mixtures: of
     each picture that they are mixed from). They are the same for all networks and sets, see `VIEW_SEED`.
-
-    Raises:
-        InputError: the set's pictures are mixtures, and the encoder trains.
     """
     if synset.mixture and factory.image_trainable:
-        raise InputError("the set's pictures are mixtures after a frozen encoder; add --image_trainable False")
+        pictures = list(_shown(factory, synset, image_size, views))
+        return MixedPictures(synset.mixture.weights.to(factory.device), pictures)
     if synset.mixture:
         features = _word_features(factory, synset, image_size, batch_size, views)
         weights = synset.mixture.weights.to(features[0])
@@ -144,6 +142,35 @@ def training_images(
         shown = [embed_batches(model, images, batch_size) for images in shown]
     shown = list(shown)
     return functools.partial(one_of_each, shown) if views else shown[0]
+
+
+@dataclass(frozen=True)
+class MixedPictures:
+    """Mixtures for an encoder that trains: in every step all real pictures go through it, and are mixed after it.
+
+    Attributes:
+        weights: [M, N].
+        shown: the N real pictures [N, 3, H, W], then each view of them.
+    """
+
+    weights: Tensor
+    shown: list[Tensor]
+
+    def behind(self, model) -> "_Behind | Callable[[torch.Generator], _Behind]":
+        """What `train_on_pairs` takes: mixtures after the image encoder of `model`; with views drawn for each epoch."""
+        if len(self.shown) == 1:
+            return _Behind(model, self.weights, self.shown[0])
+        return lambda generator: _Behind(model, self.weights, one_of_each(self.shown, generator))
+
+
+@dataclass(frozen=True)
+class _Behind:
+    model: torch.nn.Module
+    weights: Tensor
+    pictures: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Tensor:  # [B, D_enc]
+        return mix(self.weights[rows], self.model.embed_images(self.pictures))
 
 
 def _shown(factory, synset: SynSet, image_size: int, views: int) -> Iterator[Tensor]:
