@@ -7,10 +7,8 @@ the gradient of its distance to where the expert went back into pictures, text e
 import shlex
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -31,7 +29,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
     Student,
@@ -46,7 +44,7 @@ from utils.setup import (
     open_backbones,
     open_data,
     pairs_of_encoder,
-    seen_pictures,
+    seen_pairs,
 )
 from utils.student import mean_matching, mean_over_encoders, pulled_back
 
@@ -83,8 +81,7 @@ def distill(run: "Distillation") -> None:
 
         # The pictures that all students of the iteration see: what is learned as its form renders it (--pix_param,
         # --pix_limit), with --syn_aug in new views. By this graph their gradient goes back to what is learned.
-        pictures = run.seen_pictures(learner.iteration)
-        seen = replace(learner.pairs, image_syn=pictures)
+        seen = seen_pairs(run.args, run.form, learner.pairs, learner.iteration)
 
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
@@ -97,7 +94,7 @@ def distill(run: "Distillation") -> None:
         }
         losses = {run.backbones[number].name: matching.loss.item() for number, matching in matchings.items()}
         matching = mean_over_encoders(matchings, len(run.backbones))
-        matching = pulled_back(matching, pictures, learner.pairs.image_syn)
+        matching = pulled_back(matching, seen.image_syn, learner.pairs.image_syn)
 
         # A gradient far outside what the run has seen is cut: one bad iteration must not throw the run away
         # (utils/matching/guard.py).
@@ -148,7 +145,7 @@ class Distillation:
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
-        first = self.seen_pairs()
+        first = seen_pairs(self.args, self.form, self.pairs, iteration=0)
         self.students = [
             Student(self.args, backbone, pairs_of_encoder(first, number), self.form)
             for number, backbone in enumerate(self.backbones)
@@ -160,18 +157,10 @@ class Distillation:
         drawn = draw_encoders(self.args, len(self.backbones), iteration)
         return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
 
-    def seen_pictures(self, iteration: int) -> Tensor:
-        """What the iteration's students see of the pictures, with a graph back to what is learned."""
-        return seen_pictures(self.args, self.form, self.pairs.image_syn, iteration)
-
-    def seen_pairs(self) -> Pairs:
-        """The first pairs as the students of iteration 0 see them; the rates are those that are learned."""
-        return replace(self.pairs, image_syn=self.seen_pictures(0).detach())
-
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
-            first = self.seen_pairs()
+            first = seen_pairs(self.args, self.form, self.pairs, iteration=0)
             for number, student in enumerate(self.students):
                 student.fit_first_rates(pairs_of_encoder(first, number))
         self.learner = make_learner(self.args, self.pairs, self.form)

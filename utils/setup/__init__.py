@@ -27,5 +27,5 @@ from utils.setup.networks import (
     make_evaluation,
     make_factory,
 )
-from utils.setup.student import Student, make_learner, pairs_of_encoder, seen_pictures
+from utils.setup.student import Student, make_learner, pairs_of_encoder, seen_pairs
 from utils.setup.texts import with_texts

@@ -73,16 +73,18 @@ def renormalize(pixels: Tensor, old, new) -> Tensor:
     return (pixels * old_std + old_mean - mean) / std
 
 
-def seen_pictures(args, form: PictureForm, image_syn: Tensor, iteration: int) -> Tensor:
-    """The pictures [M, 3, H, W] that students of an iteration see, with a graph back to `image_syn`, which is learned.
+def seen_pairs(args, form: PictureForm, pairs: Pairs, iteration: int) -> Pairs:
+    """The pairs with the pictures that an iteration's students see, [M, 3, H, W] with a graph back to those of `pairs`.
 
-    `image_syn` itself where that is what they see.
+    Those themselves where that is what they see.
     """
-    pictures = form.render(image_syn)
+    pictures = form.render(pairs.image_syn)
     if args.syn_aug:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         pictures = view_normalised(pictures, form.mean, form.std, args.syn_aug, generator)
-    return pictures if pictures is image_syn else pictures.contiguous(memory_format=torch.channels_last)
+    if pictures is pairs.image_syn:
+        return pairs
+    return replace(pairs, image_syn=pictures.contiguous(memory_format=torch.channels_last))
 
 
 def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:
