@@ -110,7 +110,7 @@ def train_experts(args) -> None:
     loader_of, augment = expert_loader(args, real, factory)
 
     # What trains is counted once and stands in every expert's file and in the log.
-    training = describe_training(factory, factory.fresh(args.seed))
+    training = describe_training(args.image_encoder, factory, factory.fresh(args.seed))
     settings = {**vars(args), **training}
     log = open_log(folder, settings, args.name, args.disabled_wandb, fresh=len(missing) == args.num_experts)
     log(training, step=missing[0] * args.train_epochs)

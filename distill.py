@@ -7,13 +7,14 @@ the gradient of its distance to where the expert went back into pictures, text e
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.errors import InputError
 from utils import cli, ranks
-from utils.cli.checks import check_encoders, check_first_pairs, check_pictures, check_targets
+from utils.cli.checks import check_encoders, check_first_pairs, check_pictures, check_sentences, check_targets
 from utils.cli.errors import guarded_scoring
 from utils.cli.resume import check_run_folder, resume, state_file
 from utils.device import describe_device
@@ -29,7 +30,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
 from utils.setup import (
     Backbone,
     Student,
@@ -43,8 +44,9 @@ from utils.setup import (
     mean_share,
     open_backbones,
     open_data,
+    open_dictionary,
     pairs_of_encoder,
-    seen_pairs,
+    seen_pictures,
 )
 from utils.student import mean_matching, mean_over_encoders, pulled_back
 
@@ -79,9 +81,11 @@ def distill(run: "Distillation") -> None:
         # for each of several image encoders.
         segments = run.prefetch.take(learner.iteration)
 
-        # The pictures that all students of the iteration see: what is learned as its form renders it (--pix_param,
-        # --pix_limit), with --syn_aug in new views. By this graph their gradient goes back to what is learned.
-        seen = seen_pairs(run.args, run.form, learner.pairs, learner.iteration)
+        # The pairs as all students of the iteration see them. Pictures: what is learned as its form renders it
+        # (--pix_param, --pix_limit), with --syn_aug in new views; by this graph their gradient goes back to what is
+        # learned. Texts: with --txt_param mixture sums of few sentences, whose gradient moves the free texts behind
+        # them, straight through the choice of sentences (Bengio et al., 2013).
+        seen = run.seen_pairs(learner.iteration)
 
         # From θ*_s the student takes syn_steps steps on the mini-batches, with the learned rates (utils/student/).
         # Its distance to where the expert landed, θ*_{s+R}, over the expert's own way, is the matching loss.
@@ -112,6 +116,7 @@ def main(argv=None):
     check_encoders(args)
     check_first_pairs(args)
     check_pictures(args)
+    check_sentences(args)
     check_targets(args)
     check_run_folder(args)
     run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
@@ -139,13 +144,14 @@ class Distillation:
         # The synthetic pairs. What ranks draw is the same on all, what they compute may differ in the last bit.
         self.pairs, self.form = first_pairs(args, self.real, self.real_embed, self.backbones)
         ranks.take_from_first(self.pairs.tensors())
+        self.dictionary = open_dictionary(args, self.pairs.text_syn, self.real, self.real_embed)
         self.start_students()
         self.start_learner()
         self.start_log(command)
 
     def start_students(self) -> None:
         """The student of each encoder, and what iterations read ahead."""
-        first = seen_pairs(self.args, self.form, self.pairs, iteration=0)
+        first = self.seen_pairs(0)
         self.students = [
             Student(self.args, backbone, pairs_of_encoder(first, number), self.form)
             for number, backbone in enumerate(self.backbones)
@@ -157,10 +163,15 @@ class Distillation:
         drawn = draw_encoders(self.args, len(self.backbones), iteration)
         return {number: self.backbones[number].draws.read(iteration, self.device) for number in drawn}
 
+    def seen_pairs(self, iteration: int) -> Pairs:
+        """The pairs as the iteration's students see them; pictures with a graph back to what is learned."""
+        seen = replace(self.pairs, image_syn=seen_pictures(self.args, self.form, self.pairs.image_syn, iteration))
+        return replace(seen, text_syn=self.dictionary.project(seen.text_syn)) if self.dictionary else seen
+
     def start_learner(self) -> None:
         """The learner, which moves the pairs from the first ones or from where the run was."""
         if not self.args.resume:  # else the rates are in the saved state
-            first = seen_pairs(self.args, self.form, self.pairs, iteration=0)
+            first = self.seen_pairs(0)
             for number, student in enumerate(self.students):
                 student.fit_first_rates(pairs_of_encoder(first, number))
         self.learner = make_learner(self.args, self.pairs, self.form)
@@ -264,11 +275,14 @@ class Distillation:
         self.bar.update()
 
     def current_set(self) -> SynSet:
-        """The pairs, or their average with --ema_decay, each with the real caption nearest to its text."""
-        pairs = self.learner.averaged
+        """The pairs as seen, or their average with --ema_decay, each with the real caption nearest to its text."""
+        pairs, sentences = self.learner.averaged, None
+        if self.dictionary:
+            text_syn, sentences = self.dictionary.describe(pairs.text_syn)
+            pairs = replace(pairs, text_syn=text_syn)
         captions = nearest_captions(pairs.text_syn, self.real_embed, self.real.captions)
         names = [backbone.name for backbone in self.backbones]
-        return as_synset(pairs, self.form, captions, names, vars(self.args), self.learner.iteration)
+        return as_synset(pairs, self.form, captions, names, vars(self.args), self.learner.iteration, sentences)
 
     def save(self) -> None:
         """Saves the set and the state; after a spoilt step those of the last evaluation stay."""
@@ -297,7 +311,8 @@ def saved_when_stopped(run: Distillation):
 def show_evaluation(log, folder: Path, synset: SynSet, by_encoder: list, args) -> None:
     """Prints and logs an evaluation; with --draw saves and shows the picture grid."""
     iteration = synset.settings["iteration"]
-    mean, std = mean_and_std([recalls for results in by_encoder for recalls in results])
+    mean = mean_and_std([recalls for results in by_encoder for recalls in results])[0]
+    std = mean_and_std([mean_and_std(results)[1] for results in by_encoder])[0]  # over networks, not over encoders
     spread = {f"Mean/{k}": v for k, v in mean.items()} | {f"Std/{k}": v for k, v in std.items()}
     log({**mean, **(spread if args.std else {})}, step=iteration)
     tqdm.write(

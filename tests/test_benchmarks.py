@@ -29,6 +29,14 @@ def test_outer_iteration(capsys):
     assert "read ahead" in capsys.readouterr().out
 
 
+def test_outer_iteration_of_heads(capsys):
+    sizes = [["--of_heads", "16", "8", "6", batch, "4"] for batch in ("1", "6")]
+    outer_iteration.main([*sizes[0], *sizes[1], "--momentum", "0.5", "--repeats", "1", "--device", "cpu"])
+    _, rows = table(capsys.readouterr().out)
+    assert [row[10] for row in rows] == ["rows", "weights"]
+    assert all(float(error) < 1e-3 for row in rows for error in row[11:])
+
+
 def test_step_of_an_expert(capsys, monkeypatch):
     small = BertConfig(num_hidden_layers=1, vocab_size=30522)
     monkeypatch.setattr(expert_step, "BertConfig", lambda: small)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from data.augment import Augment
 from networks.lora import Lora
 from tests.unroll import NUM_PAIRS, Problem
+from utils.matching import Dictionary
 from utils.sets import Pairs, initial_similarity
 from utils.student import StudentLoss, matching_gradient
 
@@ -93,6 +94,13 @@ def test_no_recipe_asks_the_device(freeze, settings, monkeypatch):
     with Crossings() as crossings:
         matching_gradient(loss_fn, start, target, pairs, batches, seed, momentum=0.9)
     assert set(crossings.seen) == {INDICES} and len(crossings.seen) <= 2
+
+
+def test_texts_are_made_of_sentences_on_the_device():
+    words = Dictionary(["a"] * 9, torch.empty(9, 5, device="meta"), terms=3)
+    with Crossings() as crossings:
+        assert words.project(torch.empty(4, 5, device="meta")).shape == (4, 5)
+    assert crossings.seen == []
 
 
 def test_augmenting_cached_pictures_copies_nothing(monkeypatch):

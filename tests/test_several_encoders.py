@@ -20,6 +20,7 @@ from utils.matching import PairLearner
 from utils.scoring.evaluation import training_images
 from utils.sets import Pairs, SynSet, load_synset, save_synset
 from utils.setup import args_of_encoders, pairs_of_encoder, settings_of_encoder
+from utils.setup.student import RealPictures
 from utils.student import StudentLoss, matching_gradient, mean_over_encoders
 
 TWO = ["--image_encoder", "test_nfnet", "test_resnet", "--image_checkpoint", "none", "none", "--no_image_pretrained"]
@@ -162,7 +163,7 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp
     assert a.rates == b.rates and set(a.rates) == {"test_nfnet", "test_resnet"}
     first = load_synset(tmp_path / "a/iteration_000000.safetensors")
     assert not torch.equal(first.text_syn, a.text_syn)
-    if more == MIXTURE:
+    if "mixture" in more:
         assert torch.equal(first.mixture.weights, torch.eye(len(first.captions), 10))
         assert not torch.equal(a.mixture.weights, first.mixture.weights) and len(a.mixture.words) == 10
     else:
@@ -173,13 +174,41 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["image_encoder"] for row in rows] == ["test_nfnet", "test_resnet"]
     assert [row["rates"] for row in rows] == [pytest.approx(a.rates[row["image_encoder"]]) for row in rows]
-    assert {row["pictures"] for row in rows} == {10 if more == MIXTURE else len(a.captions)}
+    assert {row["pictures"] for row in rows} == {10 if "mixture" in more else len(a.captions)}
     assert len(table(capsys.readouterr().out)[1]) == 2
-    if more == MIXTURE:  # its folder holds what its file does
+    if "mixture" in more:  # its folder holds what its file does
         assert score_sets("--synset", tmp_path / "a/last.safetensors", "--export", tmp_path / "f") == 0
         places = "--image_root", tiny_data, "--ann_root", tiny_data
         assert score_sets("--synset", tmp_path / "f", *places, "--json", numbers) == 0
         assert json.loads(numbers.read_text())["rows"] == [{**row, "set": str(tmp_path / "f")} for row in rows]
+
+
+def test_views_of_real_pictures_are_drawn_for_each_picture_and_iteration(run, tmp_path, monkeypatch):
+    """Rows of what weights are over are those of the encoder for the pictures or for one of their views."""
+    drawn = []
+    draw = RealPictures.draw
+
+    def watch(real, seed):
+        draw(real, seed)
+        drawn.append((real.seen.clone(), real.features, seed))
+
+    monkeypatch.setattr(RealPictures, "draw", watch)
+    assert run(tmp_path, *MIXTURE, "--syn_views", 2, "--lr_teacher_img", "0.1", "--lr_teacher_txt", "0.1") == 0
+    assert len(drawn) == 4  # two iterations, two encoders
+    numbers = []
+    for seen, features, _ in drawn:
+        equal = torch.stack([(seen == of_view).all(dim=1) for of_view in features])
+        assert len(features) == 3 and equal.sum(dim=0).tolist() == [1] * 10
+        numbers.append(equal.int().argmax(dim=0).tolist())
+    assert numbers[0] != numbers[2] and len(set(numbers[0])) > 1
+
+
+def test_files_of_lower_quality_are_smaller(run, tmp_path):
+    for name, quality in (("a", 90), ("b", 30)):
+        assert run(tmp_path / name, *MIXTURE, "--pix_quality", quality, "--Iteration", 0) == 0
+    fine, coarse = (load_synset(tmp_path / name / "last.safetensors") for name in "ab")
+    assert coarse.nbytes < fine.nbytes
+    assert not torch.equal(coarse.mixture.pictures(), fine.mixture.pictures())
 
 
 def test_texts_alone_need_no_pixel_gradient_and_give_the_same_texts(run, tmp_path, monkeypatch):
@@ -249,6 +278,8 @@ def test_settings_of_one_of_several_encoders():
         (["--pix_param", "mixture", "--pix_words", 2], ["--pix_words 2"]),
         (["--pix_param", "mixture", "--pix_words", 25], ["--pix_words 25", "24 pictures"]),
         (["--pix_param", "mixture", "--pix_init", "noise"], ["--pix_init noise"]),
+        (["--pix_quality", 99], ["--pix_quality", "99"]),
+        (["--syn_views", 2], ["--syn_views", "--pix_param mixture"]),
     ],
 )
 def test_wrong_input(run, tmp_path, capsys, more, words):

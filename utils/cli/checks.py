@@ -31,7 +31,13 @@ def check_pictures(args) -> None:
     given = [flag for flag, value in flags.items() if value]
     for other, taken in (("--text_only", args.text_only), ("--pix_param mixture", args.pix_param == "mixture")):
         if given and taken:
-            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}")
+            hint = "; --syn_views is for real ones" if given[0] == "--syn_aug" else ""
+            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}{hint}")
+    if args.syn_views and (args.image_trainable or not (args.text_only or args.pix_param == "mixture")):
+        raise InputError(
+            "--syn_views is for real pictures before a frozen encoder; give --pix_param mixture or --text_only with "
+            "--image_trainable False, or --syn_aug for learned pixels"
+        )
 
 
 def check_targets(args) -> None:
@@ -67,6 +73,17 @@ def _check_mixture(args) -> None:
         raise InputError("--pix_param mixture starts from real pictures; leave out --init_set and --pix_init noise")
     if args.pix_words < args.num_queries:
         raise InputError(f"--pix_words {args.pix_words} is less than the {args.num_queries} pairs; raise it")
+
+
+def check_sentences(args) -> None:
+    """Of distill.py: texts that cannot be made of sentences, or sentences for texts that are not."""
+    if args.txt_param == "mixture":
+        if args.image_only:
+            raise InputError("--txt_param mixture learns texts, and --image_only keeps them; drop one")
+        if args.txt_init == "noise":
+            raise InputError("--txt_param mixture starts from real texts; leave out --txt_init noise")
+    elif args.txt_words:
+        raise InputError("--txt_words is what --txt_param mixture makes texts of; add that, or drop it")
 
 
 def check_coreset(args) -> None:

@@ -68,6 +68,20 @@ def _add_pair_flags(parser: Parser) -> None:
         help="how far a pixel, from 0 to 1, may go from where it starts; as far as it goes if not given",
     )
     add("--pix_words", type=count, default=1000, help="real pictures that mixtures are made of, stored with the set")
+    add("--pix_quality", type=number(int, least=1, most=95), default=90, help="of their JPEG files, 1 to 95")
+    add(
+        "--txt_param",
+        choices=("embeddings", "mixture"),
+        default="embeddings",
+        help="what is saved of the texts: any embeddings, or sums of few sentences with weights, so that any text "
+        "encoder can take them",
+    )
+    add("--txt_terms", type=count, default=16, help="sentences that a text of a mixture has at most")
+    add(
+        "--txt_words",
+        metavar="FILE",
+        help="sentences or words that mixtures are made of, one a line or a .json list, instead of training captions",
+    )
     pairs.add_bool("image_only", False, "learn the pictures (and rates), keep the real texts: an ablation")
     pairs.add_bool("text_only", False, "learn the texts (and rates), keep the real pictures: an ablation")
     add("--sim_type", choices=SIM_TYPES, default="none", help="learn how alike pairs are: the targets of the loss")
@@ -139,6 +153,14 @@ def _add_student_flags(parser: Parser) -> None:
         metavar="OP",
         help=f"students see the learned pictures augmented, anew each iteration, by some of {', '.join(OPERATIONS)}; "
         "without a name by all but flip",
+    )
+    add(
+        "--syn_views",
+        type=number(int, least=0),
+        default=0,
+        metavar="K",
+        help="students see each real picture that is mixed or kept as it is or in one of K augmented views of it, "
+        "drawn anew each iteration",
     )
     student.add_bool(
         "no_aug", False, "kept for compatibility: that is of experts' real pictures; for learned ones see --syn_aug"

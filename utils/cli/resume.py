@@ -16,7 +16,8 @@ ADDED = {
     **{"loss_type": "InfoNCE", "sim_type": "none", "ema_decay": 0.0, "blend_alpha": 0.0},
     **{"batch_order": "independent", "phases": 1, "segments": 1, "shortcut": None, "init_set": None},
     **{"split_seed": 0, "pix_param": "pixels", "encoders_per_step": None},
-    **{"syn_aug": [], "pix_limit": None, "eval_views": 0},
+    **{"syn_aug": [], "pix_limit": None, "eval_views": 0, "txt_param": "embeddings"},
+    **{"syn_views": 0, "pix_quality": 90},
 }
 
 

@@ -4,7 +4,7 @@ Differentiable augmentation of learned pictures is from Zhao and Bilen, "Dataset
 Siamese Augmentation", ICML 2021; there all pictures of a batch share what is drawn.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,25 @@ def view_normalised(
     """`view` of pixels [M, 3, H, W] that are normalised by `mean` and `std`, as the views are."""
     mean, std = (channels(tuple(values), pixels.device) for values in (mean, std))
     return (view(pixels * std + mean, operations, generator) - mean) / std
+
+
+def with_views(images: Tensor, mean: Sequence[float], std: Sequence[float], views: int, seed: int) -> Iterator[Tensor]:
+    """Normalised pictures [P, 3, H, W], then so many views of them by `USUAL` operations, of the same shape."""
+    yield images
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(views):
+        seen = view_normalised(images, mean, std, USUAL, generator)
+        yield seen.contiguous(memory_format=torch.channels_last)
+
+
+def one_of_each(shown: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Row i is that of one of the tensors [P, …], drawn for each row."""
+    drawn = torch.randint(len(shown), (len(shown[0]),), generator=generator)
+    drawn = copied_to(shown[0].device, drawn).view(-1, *[1] * (shown[0].ndim - 1))
+    seen = shown[0]
+    for number, view in enumerate(shown[1:], 1):
+        seen = torch.where(drawn == number, view, seen)
+    return seen
 
 
 def _draw(number: int, operations: Collection[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-QUALITY = 90  # of the JPEG files
-
 
 @dataclass(frozen=True)
 class Mixture:
@@ -34,12 +32,12 @@ class Mixture:
         return sum(len(word) for word in self.words) + 2 * self.weights.numel()
 
 
-def as_words(pictures: Tensor) -> list[Tensor]:
-    """JPEG files of pictures uint8 [N, 3, H, W]; see `Mixture`."""
+def as_words(pictures: Tensor, quality: int = 90) -> list[Tensor]:
+    """JPEG files of pictures uint8 [N, 3, H, W], of `quality` 1 to 95; see `Mixture`."""
     words = []
     for pixels in pictures.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
         words.append(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
     return words
 

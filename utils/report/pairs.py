@@ -15,6 +15,7 @@ from utils.sets import SynSet
 BUDGET = 11e6
 LADDER = ((224, 85), (224, 70), (224, 50), (224, 30), (160, 40), (112, 40), (80, 40), (56, 40))
 LOSSLESS_SIDE = 64  # so small that nothing is gained by losing detail
+LARGEST = 5  # sentences shown of a text that is made of such
 TRIED = 12  # pictures whose size is measured to choose from LADDER
 
 
@@ -25,7 +26,8 @@ class PairGroup:
     Attributes:
         pairs: of each pair its number from 1, data URIs `before`, `after`, `difference`, `captions_before` and
             `captions_after` as (caption, cosine or None), and the distances `picture_moved`, `text_moved`. What needs
-            the first state is None without it.
+            the first state is None without it. Of a text that is made of sentences, `sentences` are the `LARGEST` as
+            (sentence, weight) and `terms` their number; else both are None.
         gain: the difference is multiplied by this before it is added to grey.
         side: of the pictures in the page, in pixels.
     """
@@ -54,9 +56,12 @@ def pair_group(first: SynSet | None, shown: SynSet, nearest_first=None, nearest_
         columns["captions_before"] = nearest_first or [[(caption, None)] for caption in first.captions]
         columns["picture_moved"] = difference.square().mean(dim=(1, 2, 3)).sqrt().tolist()
         columns["text_moved"] = (1 - F.cosine_similarity(first.text_syn.float(), shown.text_syn.float())).tolist()
+    if shown.sentences:
+        made_of = shown.sentences.texts()
+        columns |= {"sentences": [terms[:LARGEST] for terms in made_of], "terms": [len(terms) for terms in made_of]}
     side, quality = _choose(pictures)
     columns |= {name: [data_uri(p, side, quality) for p in stack] for name, stack in pictures.items()}
-    names = "before", "difference", "captions_before", "picture_moved", "text_moved"
+    names = "before", "difference", "captions_before", "picture_moved", "text_moved", "sentences", "terms"
     pairs = [
         {**dict.fromkeys(names), "number": i + 1, **{name: values[i] for name, values in columns.items()}}
         for i in range(len(after))

@@ -49,6 +49,8 @@ def describe(settings: dict) -> list[str]:
         told.append("No pixel, from 0 to 1, goes further than {pix_limit:g} from where it starts.")
     if settings.get("syn_aug"):
         told.append("The student sees the pictures augmented, anew in each iteration: {operations}.")
+    if settings.get("txt_param") == "mixture":
+        told.append("A text is a sum of at most {txt_terms} sentences with weights.")
     if settings.get("image_only") or settings.get("text_only"):
         told.append(f"Only the {'pictures' if settings.get('image_only') else 'texts'} are learned, and the rates.")
     if settings.get("image_trainable") is False:

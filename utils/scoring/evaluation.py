@@ -11,8 +11,7 @@ from torch import Tensor
 from data.errors import InputError
 from networks.loss import PairLoss
 from utils import ranks
-from utils.device import copied_to
-from utils.forms import USUAL, mix, view_normalised
+from utils.forms import mix, one_of_each, with_views
 from utils.scoring.retrieval import evaluate_retrieval
 from utils.scoring.training import NonFiniteLoss, train_on_pairs
 from utils.sets import SynSet, fit_images
@@ -137,24 +136,14 @@ def training_images(
     if synset.mixture:
         features = _word_features(factory, synset, image_size, batch_size, views)
         weights = synset.mixture.weights.to(features[0])
-        draw = functools.partial(_one_of_each, features)
+        draw = functools.partial(one_of_each, features)
         return (lambda generator: mix(weights, draw(generator))) if views else mix(weights, features[0])
     shown = _shown(factory, synset, image_size, views)
     if not factory.image_trainable:
         model = factory.fresh(seed)
         shown = [embed_batches(model, images, batch_size) for images in shown]
     shown = list(shown)
-    return functools.partial(_one_of_each, shown) if views else shown[0]
-
-
-def _one_of_each(shown: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Row i is that of one of the tensors [P, …], drawn for each row."""
-    drawn = torch.randint(len(shown), (len(shown[0]),), generator=generator)
-    drawn = copied_to(shown[0].device, drawn).view(-1, *[1] * (shown[0].ndim - 1))
-    seen = shown[0]
-    for number, view in enumerate(shown[1:], 1):
-        seen = torch.where(drawn == number, view, seen)
-    return seen
+    return functools.partial(one_of_each, shown) if views else shown[0]
 
 
 def _shown(factory, synset: SynSet, image_size: int, views: int) -> Iterator[Tensor]:
@@ -162,11 +151,7 @@ def _shown(factory, synset: SynSet, image_size: int, views: int) -> Iterator[Ten
     encoder = factory.encoder
     images = fit_images(synset, image_size, encoder.mean, encoder.std)
     images = images.to(factory.device, memory_format=torch.channels_last)
-    yield images
-    generator = torch.Generator().manual_seed(VIEW_SEED)
-    for _ in range(views):
-        seen = view_normalised(images, encoder.mean, encoder.std, USUAL, generator)
-        yield seen.contiguous(memory_format=torch.channels_last)
+    return with_views(images, encoder.mean, encoder.std, views, VIEW_SEED)
 
 
 def _word_features(factory, synset: SynSet, image_size: int, batch_size: int, views: int) -> list[Tensor]:

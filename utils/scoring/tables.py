@@ -22,6 +22,7 @@ TEXTS = {
     "nearest": "nearest captions",
     "carried": "texts carried",
     "captions": "captions embedded anew",
+    "mixed": "sentences embedded anew",
 }
 
 

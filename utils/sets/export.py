@@ -60,6 +60,10 @@ OF_MIXTURES = (
     "`words`, mixed after a frozen image encoder and scaled to the mean norm of its features. The PNG files are those "
     "that the mixtures started from."
 )
+OF_SENTENCES = (
+    " Each text is a weighted sum of few sentences, `sentences` and `weights` of its line in `metadata.jsonl`: any "
+    "text encoder gives it from its own embeddings of them."
+)
 
 
 def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
@@ -91,11 +95,13 @@ def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
 
 def _write_set(folder: Path, synset: SynSet) -> None:
     folder.mkdir(exist_ok=True)
-    lines = []
+    lines, texts = [], synset.sentences.texts() if synset.sentences else []
     for i, (pixels, caption) in enumerate(zip(pixels_of(synset), synset.captions, strict=True)):
-        name = f"{i:06d}.png"
-        Image.fromarray(pixels).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
+        line = {"file_name": f"{i:06d}.png", "text": caption}
+        if synset.sentences:  # two lists, as the rows of a table may have them
+            line |= {"sentences": [term for term, _ in texts[i]], "weights": [weight for _, weight in texts[i]]}
+        Image.fromarray(pixels).save(folder / line["file_name"])
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     (folder / LINES).write_text("".join(lines), encoding="utf-8")
     tensors = {"text_syn": synset.text_syn}
     tensors |= dict(zip(similarity_names(synset.similarity), synset.similarity, strict=True))
@@ -133,7 +139,7 @@ def _card(synset: SynSet, about: dict) -> str:
         made["image_encoder"] = ", ".join(made["image_encoder"])
     sizes = {key: about[key] for key in ("pairs", "pictures")}
     data_files = ', data_files=["metadata.jsonl", "*.png"]' if synset.mixture else ""
-    what = (OF_MIXTURES if synset.mixture else OF_PIXELS).format(**sizes)
+    what = (OF_MIXTURES if synset.mixture else OF_PIXELS).format(**sizes) + (OF_SENTENCES if synset.sentences else "")
     more = ", and the parts of the soft targets" if synset.similarity else ""
     width = synset.text_syn.shape[1]
     return CARD.format(**sizes, **made, what=what, more=more, width=width, data_files=data_files)

@@ -2,7 +2,8 @@
 
 `metadata.jsonl` has a line {"file_name", "text"} for each pair, as Hugging Face's image folders have; `set.json` says
 how to train on the pairs and how they were made; `texts.safetensors` holds the text embeddings, soft targets and
-weights of mixtures, whose real pictures are the files of `words`. `utils.sets.export` writes them. A folder with the
+weights of mixtures, whose real pictures are the files of `words`. Texts that are sums of sentences have these in their
+line, {"sentences", "weights"}. `utils.sets.export` writes them. A folder with the
 first of these files alone holds pairs of another program.
 """
 
@@ -19,6 +20,7 @@ from data.annotations import clean_caption
 from data.errors import InputError
 from data.transforms import normalize
 from utils.files import open_tensors
+from utils.forms import Sentences
 
 LINES, ABOUT, TENSORS, WORDS = "metadata.jsonl", "set.json", "texts.safetensors", "words"
 KIND = "folder of pairs"
@@ -29,7 +31,7 @@ SCORED_BY = {"epochs": "epoch_eval_train", "batch_size": "batch_train", "tempera
 # Settings that are paths of the machine that made the set; LEFT_OUT among the settings names those that it had.
 PATHS = (
     *("image_root", "ann_root", "buffer_path", "save_dir", "cache_dir", "image_checkpoint", "init_set", "output"),
-    "coreset",
+    *("coreset", "txt_words"),
 )
 LEFT_OUT = "left_out"
 LOCAL = re.compile(r"(?:^|:)(?:~|\.{1,2})?[\\/]|^[A-Za-z]:[\\/]")  # how absolute paths and those from here begin
@@ -109,6 +111,10 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     else:
         tensors["image_syn"] = normalize(_read_pictures(pictures), training["mean"], training["std"])
     rest = {key: about[key] for key in ("files", "scores") if key in about}
+    if any("sentences" in line for line in lines):
+        sentences = Sentences.of([_terms(folder, number, line) for number, line in enumerate(lines, 1)])
+        tensors |= {"txt_rows": sentences.rows, "txt_weights": sentences.weights}
+        rest["sentences"] = sentences.sentences
     return tensors, {**training, **rest, "captions": [line["text"] for line in lines], "settings": settings}
 
 
@@ -168,6 +174,18 @@ def _read_lines(folder: Path) -> list[dict]:
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("file_name", "text")):
             raise InputError(f"{path} has no file_name and text in its pair {number}; {ADVICE}")
     return lines
+
+
+def _terms(folder: Path, number: int, line: dict) -> list[tuple[str, float]]:
+    """The sentences of a pair's text with their weights."""
+    sentences, weights = line.get("sentences"), line.get("weights")
+    if (
+        not (isinstance(sentences, list) and isinstance(weights, list) and len(sentences) == len(weights))
+        or not all(isinstance(sentence, str) for sentence in sentences)
+        or not all(isinstance(weight, int | float) for weight in weights)
+    ):
+        raise InputError(f"{folder / LINES} has no sentences with a weight each in its pair {number}; {ADVICE}")
+    return list(zip(sentences, weights, strict=True))
 
 
 def _read_word(path: Path) -> Tensor:

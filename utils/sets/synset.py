@@ -10,7 +10,7 @@ from data.errors import InputError
 from data.transforms import normalize
 from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
-from utils.forms import Mixture, PictureForm
+from utils.forms import Mixture, PictureForm, Sentences
 from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
 from utils.sets.pairs import Pairs
 from utils.sets.released import METHOD, is_released, read_released
@@ -19,6 +19,7 @@ from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, s
 KIND = "set of pairs"
 TENSORS = ("text_syn", "syn_lr_img", "syn_lr_txt")
 PIXELS, MIXTURE = ("image_syn",), ("pix_weights", "pix_words", "pix_sizes")  # one of the two
+TERMS = "txt_rows", "txt_weights"  # of texts that are made of sentences
 # Methods of coreset.py: a pair's text is the embedding of its caption, or something made from several embeddings.
 REAL_PAIRS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 MADE_TEXTS = ("prototypes",)
@@ -42,6 +43,7 @@ class SynSet:
         phases: parts of the set that a model trains on one after the other, see `phase_rows`.
         mixture: what to train on in the place of image_syn, over a frozen image encoder; None for image_syn itself.
         rates: of a set that was learned through several image encoders, [syn_lr_img, syn_lr_txt] by their names.
+        sentences: what the rows of text_syn are made of, so that any text encoder can give them; None of free texts.
         texts: where text_syn comes from; "learned" is from the file, for others see `utils.setup.texts`. Not saved.
     """
 
@@ -61,6 +63,7 @@ class SynSet:
     phases: int = 1
     mixture: Mixture | None = None
     rates: dict[str, list[float]] = field(default_factory=dict)
+    sentences: Sentences | None = None
     texts: str = "learned"
 
     def for_encoder(self, name: str) -> "SynSet":
@@ -87,6 +90,8 @@ class SynSet:
     @property
     def texts_are_captions(self) -> bool:
         """Whether each row of text_syn is the embedding of its caption, so that any text encoder can give it anew."""
+        if self.sentences:
+            return False
         method = self.settings.get("method")
         if method in ("initial", "distilled images"):  # the texts are those that distillation started from
             from_set = self.settings.get("init_set") or "init_set" in self.settings.get(LEFT_OUT, {})
@@ -100,7 +105,13 @@ class SynSet:
 
 
 def as_synset(
-    pairs: Pairs, form: PictureForm, captions: list[str], encoders: list[str], settings: dict, iteration: int
+    pairs: Pairs,
+    form: PictureForm,
+    captions: list[str],
+    encoders: list[str],
+    settings: dict,
+    iteration: int,
+    sentences: Sentences | None = None,
 ) -> SynSet:
     """A copy of pairs that a run learns, with all that is needed to train on them elsewhere.
 
@@ -110,6 +121,7 @@ def as_synset(
         encoders: the image encoders that the pairs are learned through, in the order of the rates of `pairs`.
         settings: of the run: its command line by name.
         iteration: steps that the pairs have taken; the set of 0 is the initial one.
+        sentences: what the texts of `pairs` are made of, if they are.
     """
     if not iteration:
         method = "initial"
@@ -139,6 +151,7 @@ def as_synset(
         phases=settings["phases"],
         mixture=mixture,
         rates=dict(zip(encoders, rates.T.tolist(), strict=True)) if len(encoders) > 1 else {},
+        sentences=sentences,
     )
 
 
@@ -158,8 +171,12 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
         sizes = torch.tensor([len(word) for word in synset.mixture.words])
         values = synset.mixture.weights.half(), torch.cat(list(synset.mixture.words)), sizes
         pictures = dict(zip(MIXTURE, values, strict=True))
+    terms = {}
+    if synset.sentences:
+        terms = dict(zip(TERMS, (synset.sentences.rows.int(), synset.sentences.weights), strict=True))
     tensors = {
         **pictures,
+        **terms,
         "text_syn": synset.text_syn,
         "syn_lr_img": torch.tensor(synset.syn_lr_img),
         "syn_lr_txt": torch.tensor(synset.syn_lr_txt),
@@ -167,6 +184,7 @@ def save_synset(path: str | Path, synset: SynSet) -> None:
     }
     keys = "captions", "mean", "std", "settings", "files", "scores", "alpha", "loss_type", "phases", "rates"
     named = {key: getattr(synset, key) for key in keys}
+    named["sentences"] = synset.sentences.sentences if synset.sentences else None
     save_tensors(path, tensors, {"kind": KIND, **named})
 
 
@@ -182,7 +200,10 @@ def load_synset(path: str | Path) -> SynSet:
     names = next((parts for parts in PARTS.values() if parts and set(parts) <= set(tensors)), ())
     similarity = tuple(tensors[name] for name in names)
     mixture = _read_mixture(path, tensors, metadata)
+    sentences = _read_sentences(tensors, metadata)
     problem = _misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
+    if sentences and not problem:
+        problem = sentences.misfit(len(metadata["captions"]))
     loss_type = metadata.get("loss_type", "InfoNCE")
     if not problem and loss_type not in LOSS_TYPES:
         problem = f"its loss_type is {loss_type} instead of one of {', '.join(LOSS_TYPES)}"
@@ -208,7 +229,16 @@ def load_synset(path: str | Path) -> SynSet:
         phases=phases,
         mixture=mixture,
         rates=metadata.get("rates", {}),
+        sentences=sentences,
     )
+
+
+def _read_sentences(tensors: dict[str, torch.Tensor], metadata: dict) -> Sentences | None:
+    """What the texts are made of, whose fit is not yet checked; None of free texts."""
+    if metadata.get("sentences") is None and not set(TERMS) & set(tensors):
+        return None
+    rows, weights = (tensors.get(name) for name in TERMS)
+    return Sentences(metadata.get("sentences"), None if rows is None else rows.long(), weights)
 
 
 def _read_mixture(path, tensors: dict[str, torch.Tensor], metadata: dict) -> Mixture | None:

@@ -17,6 +17,7 @@ from utils.setup.data import (
     open_data,
     retrieval_pairs,
 )
+from utils.setup.dictionary import open_dictionary
 from utils.setup.export import export
 from utils.setup.first_pairs import encoder_features, first_pairs
 from utils.setup.networks import (
@@ -27,5 +28,5 @@ from utils.setup.networks import (
     make_evaluation,
     make_factory,
 )
-from utils.setup.student import Student, make_learner, pairs_of_encoder, seen_pairs
+from utils.setup.student import Student, make_learner, pairs_of_encoder, seen_pictures
 from utils.setup.texts import with_texts

@@ -102,7 +102,7 @@ def open_backbones(args, data: Data) -> list[Backbone]:
 def _open_backbone(args, data: Data, factory: ModelFactory) -> Backbone:
     # A model to match the experts with; what trains in it must be what they hold.
     model = factory.fresh(args.seed, PairLoss(args.loss_type, args.student_temperature))
-    training = describe_training(factory, model)
+    training = describe_training(args.image_encoder, factory, model)
     settings = {**vars(args), **training}
     experts = find_trajectories(args.buffer_path, settings, trained_parameters(model), args.max_files, args.max_experts)
     check_epochs(experts, args.max_start_epoch, args.expert_epochs, args.phases, args.shortcut)

@@ -72,7 +72,8 @@ def first_pairs(
     similarity = initial_similarity(args.sim_type, args.num_queries, args.sim_rank, generator)
     pictures = words = None
     if args.pix_param == "mixture":
-        words = as_words(torch.cat([images, load_images(others, args.image_size)]) if others else images)
+        images = torch.cat([images, load_images(others, args.image_size)]) if others else images
+        words = as_words(images, args.pix_quality)
         pictures = normalize(read_words(words), mean, std)
     elif args.text_only and not args.image_trainable:
         pictures = image_syn  # they stay, and go through each encoder once for the whole run

@@ -72,10 +72,13 @@ def make_evaluation(args, looks: int = 0) -> Evaluation:
     )
 
 
-def describe_training(factory: ModelFactory, model: CLIPModel) -> dict:
-    """Prints once what trains; returns the counts and the digest of the frozen weights, to be saved as settings."""
+def describe_training(name: str, factory: ModelFactory, model: CLIPModel) -> dict:
+    """Prints once what trains with the image encoder `name`; returns what is saved of it as settings.
+
+    These are the counts and the digest of the frozen weights.
+    """
     counts = count_parameters(model)
-    line = f"training {factory.trains}: {counts['parameters_trained']:,} parameters"
+    line = f"{name}: training {factory.trains}: {counts['parameters_trained']:,} parameters"
     if counts["parameters_trained"] < counts["parameters_full"]:
         line += (
             f" of {counts['parameters_full']:,} ({counts['reduction_percent']:.2f} % fewer), in the image tower "

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from utils.forms import PictureForm, mix, view_normalised
+from utils.forms import PictureForm, mix, one_of_each, view_normalised, with_views
 from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
 from utils.scoring import embed_batches
 from utils.sets import Pairs
@@ -24,8 +24,9 @@ class Student:
     """
 
     def __init__(self, args, backbone: Backbone, pairs: Pairs, form: PictureForm):
-        self.args, self.draws = args, backbone.draws
-        embed = _embedding(backbone, form, args.batch_size_test)
+        self.args, self.name, self.draws = args, backbone.name, backbone.draws
+        self.real = None if form.pictures is None else RealPictures(backbone, form, args)
+        embed = self.real or _embedding(backbone, form)
         self.loss_fn = StudentLoss(backbone.model, alpha=args.alpha, blend_alpha=args.blend_alpha, embed=embed)
         # How it steps, and how its gradient goes back, is the same in a trial of the memory and in the run.
         self.steps = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
@@ -37,6 +38,8 @@ class Student:
 
     def run(self, function: Callable, segments: Sequence[Segment], **problem):
         """`function` of the student's loss and `segments`, such as `mean_matching`."""
+        if self.real:
+            self.real.draw(segments[0].seed)
         call = functools.partial(function, self.loss_fn, segments, **problem, **self.steps)
         return self.chunk.fit(call, batch_size=len(segments[0].batches[0]))
 
@@ -49,19 +52,38 @@ class Student:
         segments = self.draws.read(0, pairs.image_syn.device)
         for name, rate in self.run(fit_first_rates, segments, pairs=pairs, names=names).items():
             getattr(pairs, name).fill_(rate)
-        print(f"first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
+        print(f"{self.name}: first student rates, fitted: {pairs.syn_lr_img:.3g} {pairs.syn_lr_txt:.3g}")
 
 
-def _embedding(backbone: Backbone, form: PictureForm, batch_size: int) -> Callable[[Tensor], Tensor] | None:
-    """From pictures as they are learned to the frozen encoder's output; None for the encoder's own pixels."""
-    encoder = backbone.factory.encoder
-    if form.pictures is not None:
-        # What pictures are mixed from goes through the encoder once for the whole run.
+class RealPictures:
+    """What learned weights are over: a frozen encoder's output for the real pictures of `form`.
+
+    The pictures go through the encoder once for the whole run, and so do --syn_views views of them. Called with weights
+    [B, N], it gives the encoder's output [B, D_enc] for the pictures that they stand for.
+    """
+
+    def __init__(self, backbone: Backbone, form: PictureForm, args):
+        encoder = backbone.factory.encoder
         pictures = renormalize(form.pictures.to(backbone.factory.device), form, encoder)
-        features = embed_batches(backbone.model, pictures.contiguous(memory_format=torch.channels_last), batch_size)
-        return (lambda weights: mix(weights, features)) if form.words else (lambda weights: weights @ features)
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        shown = with_views(pictures, encoder.mean, encoder.std, args.syn_views, args.seed)
+        self.features = [embed_batches(backbone.model, images, args.batch_size_test) for images in shown]
+        self.seen = self.features[0]
+        self.mix = mix if form.words else torch.matmul
+
+    def draw(self, seed: int) -> None:
+        """Decides which view of each picture is seen: the same by all segments of an iteration."""
+        if len(self.features) > 1:
+            self.seen = one_of_each(self.features, torch.Generator().manual_seed(seed))
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        return self.mix(weights, self.seen)
+
+
+def _embedding(backbone: Backbone, form: PictureForm) -> Callable[[Tensor], Tensor] | None:
+    """From pixels as they are learned to the frozen encoder's output; None for the encoder's own pixels."""
     if (tuple(form.mean), tuple(form.std)) == UNIT:
-        return lambda pixels: backbone.model.embed_images(renormalize(pixels, form, encoder))
+        return lambda pixels: backbone.model.embed_images(renormalize(pixels, form, backbone.factory.encoder))
     return None
 
 
@@ -73,18 +95,16 @@ def renormalize(pixels: Tensor, old, new) -> Tensor:
     return (pixels * old_std + old_mean - mean) / std
 
 
-def seen_pairs(args, form: PictureForm, pairs: Pairs, iteration: int) -> Pairs:
-    """The pairs with the pictures that an iteration's students see, [M, 3, H, W] with a graph back to those of `pairs`.
+def seen_pictures(args, form: PictureForm, image_syn: Tensor, iteration: int) -> Tensor:
+    """The pictures [M, 3, H, W] that students of an iteration see, with a graph back to `image_syn`, which is learned.
 
-    Those themselves where that is what they see.
+    `image_syn` itself where that is what they see.
     """
-    pictures = form.render(pairs.image_syn)
+    pictures = form.render(image_syn)
     if args.syn_aug:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         pictures = view_normalised(pictures, form.mean, form.std, args.syn_aug, generator)
-    if pictures is pairs.image_syn:
-        return pairs
-    return replace(pairs, image_syn=pictures.contiguous(memory_format=torch.channels_last))
+    return pictures if pictures is image_syn else pictures.contiguous(memory_format=torch.channels_last)
 
 
 def pairs_of_encoder(pairs: Pairs, number: int) -> Pairs:

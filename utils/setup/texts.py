@@ -21,7 +21,8 @@ def with_texts(synsets: dict[str, SynSet], text_encoder: TextEncoder, args) -> d
 
     "nearest", with --texts nearest: the set's captions, embedded. "learned": as in the file, of a set made with this
     text encoder or of one that does not say. Of a set made with another: "captions", embedded anew, where they are its
-    texts; "carried", by a linear map from the other text encoder to this one, where they are not.
+    texts; "mixed" from sentences, embedded anew, where its texts are made of such; else "carried", by a linear map from
+    the other text encoder to this one.
 
     Raises:
         InputError: the other text encoder cannot be loaded, is not the set's, or cannot be mapped to this one.
@@ -42,6 +43,11 @@ def _with_texts(path: str, synset: SynSet, maps: "_Maps", args) -> SynSet:
     if args.texts == "nearest" or synset.texts_are_captions:
         texts = "nearest" if args.texts == "nearest" else "captions"
         return replace(synset, text_syn=embed_captions(synset.captions, maps.to, args.cache_dir), texts=texts)
+    if synset.sentences:
+        sentences = synset.sentences.sentences
+        print(f"{path}: its {len(sentences):,} sentences embedded by {args.text_encoder}, and mixed; no map is needed")
+        embeddings = embed_captions(sentences, maps.to, args.cache_dir)
+        return replace(synset, text_syn=synset.sentences.mix(embeddings), texts="mixed")
     text_map = maps.map_from(home, path, synset.text_syn.shape[1])
     return synset if text_map is None else replace(synset, text_syn=text_map(synset.text_syn).float(), texts="carried")
 

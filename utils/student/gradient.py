@@ -4,7 +4,7 @@ Notation as in utils/student/sweep.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,39 @@ from utils import ranks
 from utils.sets import Pairs
 from utils.student.chunks import ChunkedSteps
 from utils.student.embedded import EmbeddedPictures
+from utils.student.heads import history_is_smaller, match_heads
 from utils.student.loss import Parameters, StudentLoss
-from utils.student.segment import Segment, to_device
 from utils.student.share import SharedSteps
 from utils.student.steps import WholeSteps
 from utils.student.sweep import Matching, match
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an expert's trajectory, and what the student's steps from its start are made of.
+
+    Attributes:
+        start_epoch: s.
+        start, target: the expert's parameters θ*_s and θ*_{s+R}, by name.
+        batches: indices into the pairs for each step, see `draw_batches`.
+        seed: of the random numbers in the student's steps.
+    """
+
+    start_epoch: int
+    start: dict[str, Tensor]
+    target: dict[str, Tensor]
+    batches: list[Tensor]
+    seed: int
+
+
+def prepare(snapshot: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The snapshot in the memory layout of the models, and where a GPU can fetch it without waiting."""
+    snapshot = {n: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in snapshot.items()}
+    return {n: v.pin_memory() for n, v in snapshot.items()} if device.type == "cuda" else snapshot
+
+
+def to_device(snapshot: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in snapshot.items()}
 
 
 def matching_gradient(
@@ -34,7 +62,7 @@ def matching_gradient(
 ) -> Matching:
     """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
 
-    How it is taken, see `match`. For a frozen image encoder see `mean_matching`.
+    How it is taken, see `match`. For a frozen image encoder see `mean_matching` and, of heads, utils/student/heads.py.
 
     Ranks share the pairs of each step (of a frozen image encoder, the pictures) and return the same gradient. With an
     image tower that draws random numbers their shares are whole chunks of `pair_chunk`, so that the numbers are those
@@ -82,7 +110,7 @@ def mean_matching(
 
     Where the student's image encoder is frozen, each picture of any segment goes through it once, the steps and the
     sweeps run on its output, and one more pass, `pair_chunk` pictures at a time, takes the gradient to the pixels: then
-    further segments cost little.
+    further segments cost little. Of what trains no weights are stored where the rows of all steps are smaller.
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     how = momentum, adjoint_decay
@@ -92,7 +120,7 @@ def mean_matching(
     pictures = EmbeddedPictures(loss_fn.frozen_encoder, pairs.image_syn, used, pair_chunk, segments[0].seed)
     embedded, heads = replace(pairs, image_syn=pictures.embed), loss_fn.on_embeddings()
     with ranks.alone():
-        matching = _mean((_matched(segment, heads, embedded, None, *how) for segment in segments), len(segments))
+        matching = _mean((_heads_matched(segment, heads, embedded, *how) for segment in segments), len(segments))
     image_syn, *others = matching.gradient.tensors()
     ranks.take_from_first(others)
     matching.gradient.image_syn = pictures.pixels_gradient(image_syn)
@@ -127,8 +155,17 @@ def pulled_back(matching: Matching, pictures: Tensor, learned: Tensor) -> Matchi
 
 
 def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
-    start, target = (to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target))
-    return matching_gradient(loss_fn, start, target, pairs, segment.batches, segment.seed, *how)
+    return matching_gradient(loss_fn, *_ends(segment, pairs), pairs, segment.batches, segment.seed, *how)
+
+
+def _heads_matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
+    if not history_is_smaller(loss_fn, segment.start, segment.batches):
+        return _matched(segment, loss_fn, pairs, None, *how)
+    return match_heads(loss_fn, *_ends(segment, pairs), pairs, segment.batches, segment.seed, *how)
+
+
+def _ends(segment: Segment, pairs: Pairs) -> list[Parameters]:
+    return [to_device(snapshot, pairs.image_syn.device) for snapshot in (segment.start, segment.target)]
 
 
 def _mean(matchings: Iterable[Matching], number: int) -> Matching:

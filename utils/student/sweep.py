@@ -46,14 +46,24 @@ def matching_loss(
         towers: of the parameters by name, see `CLIPModel.towers`. What the loss learns is of neither and does not
             count: with it sets of SigLIP are worth less (docs/notebook/field.md).
     """
+    squares = {name: squared_distances(value, start[name], target[name]) for name, value in student.items()}
+    return relative_distances(squares, towers)
+
+
+def squared_distances(student: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """‖student − target‖² and ‖start − target‖²."""
+    return ((student - target) ** 2).sum(), ((start - target) ** 2).sum()
+
+
+def relative_distances(squares: dict[str, tuple[Tensor, Tensor]], towers: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """`matching_loss` from the `squared_distances` of each parameter."""
     losses = []
     for tower in (IMAGE, TEXT):
-        names = [name for name in student if towers[name] == tower]
-        if not names:
-            losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(student.values())).device))
+        of_tower = [both for name, both in squares.items() if towers[name] == tower]
+        if not of_tower:
+            losses.append(torch.zeros((), dtype=torch.float32, device=next(iter(squares.values()))[0].device))
             continue
-        distance = sum(((student[n] - target[n]) ** 2).sum() for n in names)
-        travelled = sum(((start[n] - target[n]) ** 2).sum() for n in names)
+        distance, travelled = (sum(terms) for terms in zip(*of_tower, strict=True))
         losses.append(distance / travelled.masked_fill(travelled == 0, torch.inf))
     return losses[0], losses[1]
 
