@@ -31,7 +31,8 @@ def check_pictures(args) -> None:
     given = [flag for flag, value in flags.items() if value]
     for other, taken in (("--text_only", args.text_only), ("--pix_param mixture", args.pix_param == "mixture")):
         if given and taken:
-            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}")
+            hint = "; --syn_views is for real ones" if given[0] == "--syn_aug" else ""
+            raise InputError(f"{given[0]} is for pictures that are learned as pixels; leave it out with {other}{hint}")
     if args.syn_views and (args.image_trainable or not (args.text_only or args.pix_param == "mixture")):
         raise InputError(
             "--syn_views is for real pictures before a frozen encoder; give --pix_param mixture or --text_only with "

@@ -129,8 +129,8 @@ def train_on_pairs(
 ) -> float:
     """Trains `model` on M pairs as the evaluation does; returns the last epoch's mean loss.
 
-    SGD, momentum 0.9, weight decay 5e-4, both rates × 0.1 after half the epochs; so on the pairs of
-    each phase, one after the other. The order of pairs and dropout depend only on `seed`.
+    SGD, momentum 0.9, weight decay 5e-4, both rates × 0.1 after half the epochs; so on the pairs of each phase, one
+    after the other. The order of pairs, what `images` draws and dropout depend only on `seed`.
 
     Args:
         images: [M, 3, H, W], normalised, or a frozen encoder's output for them [M, D_enc]; or a function that draws
