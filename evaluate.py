@@ -21,6 +21,7 @@ from utils.cli.inheritance import (
     PROTOCOL,
     check_left_out,
     check_rates,
+    check_settings,
     check_shared,
     check_widths,
     encoder_args,
@@ -118,7 +119,12 @@ def parse_args(argv=None):
     add_output_flags(parser)
     usual = {key: parser.get_default(key) for key in PROTOCOL}
     parser.set_defaults(image_encoder=None, **dict.fromkeys([*OF_ENCODER, *PROTOCOL]))
-    return parser.parse(argv, defaults=lambda args: {**settings_of_first_set(args), **protocol_of_sets(args, usual)})
+
+    def defaults(args) -> dict:
+        check_settings(args, parser)
+        return {**settings_of_first_set(args), **protocol_of_sets(args, usual)}
+
+    return parser.parse(argv, defaults)
 
 
 def add_output_flags(parser: cli.Parser) -> None:
@@ -194,7 +200,10 @@ def main(argv=None):
 def check_outputs(args) -> None:
     """Raises InputError for what could not be written at the end."""
     # Before the work of hours, not after it.
-    for file in filter(None, (args.markdown, args.json, args.report)):
+    files = [file for file in (args.markdown, args.json, args.report) if file]
+    if len({Path(file).absolute() for file in files}) < len(files):
+        raise InputError(f"--markdown, --json and --report cannot share the file {files[-1]}; give each its own")
+    for file in files:
         check_can_write(file)
     if args.report:
         check_installed()  # what draws the page's curves

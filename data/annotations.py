@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data.errors import InputError
-from data.forms import SPLITS, field, in_split, is_other_form, karpathy_rows, read_form, read_split_folder
+from data.forms import (
+    SPLITS,
+    field,
+    in_split,
+    is_other_form,
+    is_text,
+    karpathy_rows,
+    parse_json,
+    read_form,
+    read_split_folder,
+)
 
 STEMS = {"flickr": "flickr30k", "coco": "coco_karpathy"}
 ENDINGS = (".json", ".csv", ".jsonl", ".tsv")
@@ -95,7 +105,7 @@ def read_sentences(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     if path.suffix == ".json":
         sentences = _read_json(path)
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        if not isinstance(sentences, list) or not all(map(is_text, sentences)):
             raise InputError(f"{path} is not a list of strings; give one, or a text file with one sentence a line")
     else:
         try:
@@ -133,7 +143,7 @@ def _download(path: Path) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             content = response.read()
-        json.loads(content)  # a proxy's login page must not be kept as the annotations
+        parse_json(content)  # a proxy's login page must not be kept as the annotations
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
@@ -150,7 +160,7 @@ def _download(path: Path) -> Path:
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"broken JSON in {path}, {where}: {error.msg}; repair the file") from error
@@ -195,9 +205,9 @@ def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
 def _group(path: Path, rows: Iterable[tuple]) -> list[Record]:
     captions_of, id_of = {}, {}
     for number, image, captions, image_id, *_ in rows:
-        if not isinstance(image, str) or not image:
+        if not is_text(image) or not image:
             raise InputError(f"{path}, row {number}: 'image' must be the name of a file")
-        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+        if not isinstance(captions, list) or not captions or not all(map(is_text, captions)):
             raise InputError(f"{path}, row {number}: 'caption' must be a text or a list of texts")
         image = image.replace("\\", "/")  # as Windows writes them
         captions_of.setdefault(image, []).extend(clean_caption(caption) for caption in captions)

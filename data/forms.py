@@ -35,6 +35,22 @@ HELD_OUT_PARTS, MOST_HELD_OUT = 10, 1000  # of the pictures, for each of validat
 ENCODING = "utf-8-sig"
 
 
+def parse_json(text: str):
+    """json.loads; nesting too deep and numbers too long are a JSONDecodeError too."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise json.JSONDecodeError(reason, text, 0) from None
+
+
+def is_text(value) -> bool:
+    """Whether it is a text without half characters, which JSON can write and nothing else."""
+    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
 def read_form(path: Path, split: str | None = None, split_seed: int = 0) -> list[tuple]:
     """The rows of a split, or all of them. A file that names no splits gets them from lists beside it, or by the seed.
 
@@ -74,7 +90,7 @@ def is_other_form(path: Path) -> bool:
         return bool(TOKEN.fullmatch(first)) or separator != "," or COLUMNS[0] not in _fitting(columns)
     try:
         # Of a list, which may be long, the first row tells.
-        content = _first_row(text) if start == "[" else json.loads(text)
+        content = _first_row(text) if start == "[" else parse_json(text)
     except json.JSONDecodeError:
         return start == "{" and _is_object(_first_line(text))
     fitting = _fitting(content) if isinstance(content, dict) else []
@@ -85,12 +101,15 @@ def is_other_form(path: Path) -> bool:
 
 def _first_row(text: str):
     start = re.match(r"\s*\[\s*", text).end()
-    return json.JSONDecoder().raw_decode(text, start)[0]
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (RecursionError, ValueError):
+        return parse_json(text)
 
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(parse_json(text), dict)
     except json.JSONDecodeError:
         return False
 
@@ -255,7 +274,7 @@ def _mended(fields: list[str], columns: list[str], separator: str) -> list[str]:
 
 def _json_form(path: Path, text: str) -> list[tuple]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _object_rows(path, _json_lines(path, text))
@@ -279,7 +298,7 @@ def _json_lines(path: Path, text: str) -> list[tuple]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
+                rows.append((number, parse_json(line)))
             except json.JSONDecodeError as error:
                 where = f"line {number}, column {error.colno}"
                 raise InputError(f"broken JSON in {path}, {where}: {error.msg}; repair the file") from error

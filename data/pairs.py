@@ -1,6 +1,7 @@
 """Training pairs (one row per caption) and the retrieval set (one row per picture)."""
 
 import hashlib
+import math
 import os
 import random
 import warnings
@@ -21,6 +22,8 @@ from data.transforms import eval_transform
 
 DECODING_THREADS = min(16, os.cpu_count() or 1)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # it names no picture
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error of `open_picture`
+MOST_AT_ONCE = 10  # times PIL's limit on the pixels of a picture: what the pictures of a set may have together
 READING = "upright 2"  # how `read_image` reads, for the keys of caches; to be changed when it does
 
 
@@ -38,7 +41,7 @@ def find_images(records: list[Record], image_root: str | Path) -> list[Path]:
     names = [PurePosixPath(record.image).parts for record in records]
     # The first picture found tells how many leading folders the root already contains.
     depths = ((parts, depth) for parts in names for depth in range(len(parts)))
-    skipped = next((depth for parts, depth in depths if root.joinpath(*parts[depth:]).is_file()), 0)
+    skipped = next((depth for parts, depth in depths if os.path.isfile(root.joinpath(*parts[depth:]))), 0)
     paths = [root.joinpath(*(parts[skipped:] or parts[-1:])) for parts in names]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -70,6 +73,25 @@ def _digest(path: Path) -> bytes:
         return bytes(path)
 
 
+def open_picture(file, among: int = 1) -> Image.Image:
+    """A picture of a path or an open file, not yet decoded; `among` so many of its size that are held at once.
+
+    Raises:
+        OSError: it is none, or has more pixels than PIL's limit: a small file that would fill the memory.
+    """
+    try:
+        image = Image.open(file)
+        pixels = image.width * image.height
+    except Image.DecompressionBombError:  # of twice the limit; of more than that it only warns
+        pixels = math.inf
+    if pixels > Image.MAX_IMAGE_PIXELS:
+        raise OSError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+    pixels = among * image.width * image.height
+    if pixels > MOST_AT_ONCE * Image.MAX_IMAGE_PIXELS:
+        raise OSError(f"{among:,} pictures of its size have {pixels:,} pixels, too many for one set")
+    return image
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Decodes a picture of any mode into PIL RGB, turned as its EXIF data say; transparent parts become white.
 
@@ -77,7 +99,7 @@ def read_image(path: str | Path) -> Image.Image:
         InputError: the file is missing, broken or cut short.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             image.load()
             with suppress(Exception):  # broken EXIF data are no reason to leave a picture out
                 ImageOps.exif_transpose(image, in_place=True)

@@ -145,6 +145,9 @@ def _load_checkpoint(model: nn.Module, name: str, path: str) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"image checkpoint {path} does not fit '{name}': {reason}") from error
+    spoilt = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if spoilt:
+        raise InputError(f"image checkpoint {path} has values in {spoilt[0]} that are not finite; give another file")
 
 
 def _fitting(state: dict, model: nn.Module, path: str) -> dict:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -49,16 +48,19 @@ class TextEncoder:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             self.is_clip = config.model_type in ("clip", "clip_text_model")
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, padding_side="right", trust_remote_code=False
+            )
             if self.tokenizer.pad_token is None:
                 if self.tokenizer.eos_token is None:
                     raise ValueError("its tokenizer has neither a pad token nor one that ends a text")
                 self.tokenizer.pad_token = self.tokenizer.eos_token  # never looked at: the mask leaves it out
+            self.tokenizer(["a"])  # an empty vocabulary shows only when it is used
             model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged files fail in many ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"cannot load text encoder '{name}' ({reason}); give one of {', '.join(SHORT_NAMES)}, "
                 "a Hugging Face id that can be downloaded, or a local folder"
@@ -72,7 +74,14 @@ class TextEncoder:
     def _load(self, source, config, pretrained):
         auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
         if pretrained:
-            return auto.from_pretrained(source)
+            model, found = auto.from_pretrained(source, output_loading_info=True)
+            # What a file lacks would be drawn at random, without a word; a pooler is not used here.
+            lacking = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+            if lacking:
+                raise ValueError(
+                    f"its weights lack {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+                )
+            return model
         if self.is_clip:
             config = getattr(config, "text_config", config)
         with torch.random.fork_rng():

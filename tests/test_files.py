@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.programs import input_error
@@ -311,66 +310,3 @@ def test_metadata_of_any_json_value(tmp_path):
     handle, loaded = open_tensors(tmp_path / "x", "test")
     assert loaded == metadata
     assert handle.get_tensor("a").tolist() == [[0, 3], [1, 4], [2, 5]]
-
-
-# ---- a file of the right kind that lacks a part
-
-
-@pytest.mark.parametrize("key", ["settings", "recalls"])
-def test_expert_without_metadata(tmp_path, key):
-    path = write_expert(tmp_path)
-    drop_metadata(path, key)
-    assert input_error(find, tmp_path) == f"expert trajectory {path} lacks {key}; make it again"
-
-
-@pytest.mark.parametrize("key", ["captions", "mean", "std", "settings"])
-def test_set_without_metadata(tmp_path, synset, key):
-    path = tmp_path / "set.safetensors"
-    save_synset(path, synset)
-    drop_metadata(path, key)
-    assert input_error(load_synset, path) == f"set of pairs {path} lacks {key}; make it again"
-
-
-def test_set_without_a_tensor(tmp_path):
-    save_tensors(tmp_path / "s", {"image_syn": torch.ones(1)}, {"kind": "set of pairs"})
-    line = input_error(load_synset, tmp_path / "s")
-    assert "captions, mean, std, settings, syn_lr_img, syn_lr_txt, text_syn" in line
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"text_syn": torch.randn(2, 5)}, "3 pictures, 2 texts and 3 captions"),
-        ({"text_syn": torch.randn(4, 5)}, "3 pictures, 4 texts and 3 captions"),
-        ({"captions": ["a dog"]}, "3 pictures, 3 texts and 1 captions"),
-        ({"captions": 3}, "captions is not a list"),
-        ({"image_syn": torch.randn(3, 8, 8)}, "image_syn is [3, 8, 8]"),
-        ({"image_syn": torch.randn(3, 1, 8, 8)}, "image_syn is [3, 1, 8, 8]"),
-        ({"image_syn": torch.randn(0, 3, 8, 8), "text_syn": torch.randn(0, 5), "captions": []}, "image_syn is [0,"),
-        ({"image_syn": torch.ones(3, 3, 8, 8, dtype=torch.uint8)}, "torch.uint8"),
-        ({"text_syn": torch.randn(3, 5, 2)}, "text_syn is [3, 5, 2]"),
-        ({"text_syn": torch.randn(3)}, "text_syn is [3]"),
-        ({"image_syn": torch.full((3, 3, 8, 8), math.nan)}, "image_syn has values that are not finite"),
-        ({"text_syn": torch.full((3, 5), math.inf)}, "text_syn has values that are not finite"),
-        ({"syn_lr_img": [0.1, 0.2]}, "syn_lr_img is"),
-        ({"syn_lr_img": 0.0}, "syn_lr_img is 0.0"),
-        ({"syn_lr_txt": float("nan")}, "syn_lr_txt is nan"),
-        ({"syn_lr_txt": float("inf")}, "syn_lr_txt is inf"),
-        ({"syn_lr_txt": -1.0}, "syn_lr_txt is -1.0"),
-        ({"mean": (0.5, 0.5)}, "mean is [0.5, 0.5]"),
-        ({"mean": "0.5"}, "mean is 0.5"),
-        ({"std": (0.5, 0.5, 0.0)}, "std is [0.5, 0.5, 0.0]"),
-        ({"std": (0.5, 0.5, None)}, "std is [0.5, 0.5, None]"),
-    ],
-)
-def test_set_whose_parts_do_not_fit(tmp_path, synset, changes, words):
-    save_synset(tmp_path / "set.safetensors", replace(synset, **changes))
-    line = input_error(load_synset, tmp_path / "set.safetensors")
-    assert f"set of pairs {tmp_path / 'set.safetensors'} is not whole" in line and words in line
-
-
-def drop_metadata(path, key):
-    with safe_open(path, "pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        metadata = {name: value for name, value in handle.metadata().items() if name != key}
-    save_file(tensors, path, metadata)

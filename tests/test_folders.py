@@ -283,63 +283,6 @@ def test_captioned_pictures_do_not_stand_for_a_set(captioned, encoders, run_dist
 # ---- wrong folders
 
 
-def rewrite(name, change):
-    def damage(folder):
-        path = folder / name
-        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-    return damage
-
-
-def about(**changes):
-    def change(text):
-        stored = json.loads(text)
-        stored["training"] |= changes
-        return json.dumps(stored)
-
-    return rewrite("set.json", change)
-
-
-def drop(name):
-    return lambda folder: (folder / name).unlink()
-
-
-WRONG = {
-    "no picture": (drop("000003.png"), ["000003.png", "export the set again"]),
-    "half a picture": (lambda f: (f / "000002.png").write_bytes((f / "000002.png").read_bytes()[:60]), ["000002.png"]),
-    "no png": (lambda f: (f / "000002.png").write_text("no"), ["000002.png", "export the set again"]),
-    "another size": (lambda f: Image.new("RGB", (5, 4)).save(f / "000001.png"), ["000001.png", "5 x 4", "12 x 8"]),
-    "a line less": (
-        rewrite("metadata.jsonl", lambda t: t[: t[:-1].rindex("\n") + 1]),
-        ["metadata.jsonl", "5 lines", "6"],
-    ),
-    "half a line": (rewrite("metadata.jsonl", lambda t: t[:-9]), ["metadata.jsonl", "cannot be read"]),
-    "no text": (rewrite("metadata.jsonl", lambda t: t.replace('"text"', '"caption"', 1)), ["metadata.jsonl", "pair 1"]),
-    "no lines": (drop("metadata.jsonl"), ["metadata.jsonl", "export the set again"]),
-    "no texts": (drop("texts.safetensors"), ["texts.safetensors", "does not exist"]),
-    "no set.json": (drop("set.json"), ["without set.json", "--export"]),
-    "half a set.json": (rewrite("set.json", lambda text: text[:50]), ["set.json", "cannot be read"]),
-    "another set.json": (rewrite("set.json", lambda text: "[1]"), ["set.json", "is not of"]),
-    "no training": (rewrite("set.json", lambda t: t.replace('"training"', '"x"')), ["set.json", "no training"]),
-    "no rate": (rewrite("set.json", lambda t: t.replace('"syn_lr_img"', '"x"')), ["set.json", "lacks syn_lr_img"]),
-    "a rate of text": (about(syn_lr_img="high"), ["set.json", "syn_lr_img high"]),
-    "no rate above 0": (about(syn_lr_img=0), ["syn_lr_img is 0", "export it again"]),
-    "two means": (about(mean=[0.5, 0.5]), ["set.json", "mean [0.5, 0.5]", "3 numbers"]),
-    "flat": (about(std=[0.5, 0.5, 0]), ["std is [0.5, 0.5, 0]"]),
-    "rates": (about(rates={"a": 3}), ["set.json", "rates 3"]),
-    "phases": (about(phases=7), ["phases are 7"]),
-    "loss": (about(loss_type="none"), ["loss_type is none"]),
-}
-
-
-@pytest.mark.parametrize(("damage", "words"), WRONG.values(), ids=WRONG)
-def test_a_wrong_folder_is_told_in_a_line(tmp_path, synset, damage, words):
-    export_sets(tmp_path / "f", {"set": synset})
-    damage(tmp_path / "f")
-    line = input_error(load_synset, tmp_path / "f")
-    assert str(tmp_path / "f") in line and all(word in line for word in words), line
-
-
 def test_a_mixture_without_one_of_its_pictures(tmp_path, mixture):
     export_sets(tmp_path / "f", {"set": mixture})
     word = tmp_path / "f/words/000007.jpg"

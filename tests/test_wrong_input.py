@@ -5,12 +5,10 @@ import shutil
 import pytest
 
 import buffer
-import coreset
 import distill
-from tests.programs import error_line, score_sets
-from utils.files import open_tensors, save_tensors
+from tests.programs import error_line
 from utils.scoring.training import NonFiniteLoss
-from utils.sets import load_synset, save_synset
+from utils.sets import load_synset
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +32,6 @@ def run(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def test_state_without_metadata(run, match, capsys):
-    path = run / "state.safetensors"
-    handle, metadata = open_tensors(path, "distillation state")
-    tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-    del handle
-    for key in ("settings", "iteration", "evaluated", "best"):
-        save_tensors(path, tensors, {name: value for name, value in metadata.items() if name != key})
-        line = error_line(capsys, match, run, "--Iteration", 3, "--resume")
-        assert f"distillation state {path} lacks {key}" in line
-    save_tensors(path, {name: v for name, v in tensors.items() if name != "text_syn"}, metadata)
-    assert f"{path} lacks text_syn" in error_line(capsys, match, run, "--Iteration", 3, "--resume")
-
-
-@pytest.mark.parametrize("key", ["method", "dataset", "image_encoder", "text_encoder"])
-def test_set_that_does_not_say_how_it_was_made(run, capsys, key):
-    synset = load_synset(run / "best.safetensors")
-    del synset.settings[key]
-    save_synset(run / "set.safetensors", synset)
-    line = error_line(capsys, score_sets, "--synset", run / "set.safetensors")
-    assert str(run / "set.safetensors") in line and key in line
-
-
-def test_set_with_fewer_texts_than_pictures(run, capsys):
-    synset = load_synset(run / "best.safetensors")
-    synset.text_syn = synset.text_syn[:4]
-    save_synset(run / "set.safetensors", synset)
-    line = error_line(capsys, score_sets, "--synset", run / "set.safetensors")
-    assert str(run / "set.safetensors") in line and "6 pictures, 4 texts and 6 captions" in line
-
-
 def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     line = error_line(capsys, match, tmp_path / "r", "--disabled_wandb=false")
@@ -72,19 +40,6 @@ def test_unknown_mode_of_wandb(tiny_argv, match, tmp_path, capsys, monkeypatch):
     argv = [*tiny_argv, "--buffer_path", str(tmp_path / "b")]
     assert "WANDB_MODE=nonsense" in error_line(capsys, buffer.main, argv)
     assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", "4294967296"])
-def test_seed_out_of_range(capsys, seed):
-    for script in (buffer, coreset, distill):
-        required = ["--method", "random"] if script is coreset else []
-        assert "--seed" in error_line(capsys, script.main, [*required, "--seed", seed])
-
-
-@pytest.mark.parametrize("name", ["meta", "cpu:x"])
-def test_device_without_numbers(match, tmp_path, capsys, name):
-    assert f"--device {name}" in error_line(capsys, match, tmp_path / "r", "--device", name)
-    assert not (tmp_path / "r").exists()
 
 
 def test_evaluation_that_goes_astray_names_iteration_and_flags(match, tmp_path, capsys, monkeypatch):

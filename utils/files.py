@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.errors import InputError
+from data.forms import parse_json
 
 
 def _umask() -> int:
@@ -74,7 +75,7 @@ def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensor
     """
     try:
         handle = safe_open(path, "pt")
-        metadata = {key: json.loads(value) for key, value in (handle.metadata() or {}).items()}
+        metadata = {key: parse_json(value) for key, value in (handle.metadata() or {}).items()}
     except FileNotFoundError as error:
         raise InputError(f"{kind} {path} does not exist") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

@@ -7,12 +7,14 @@ import netrc
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.forms import parse_json
 from utils import ranks
 
 ID_FILE = "wandb_run_id"
@@ -144,25 +146,27 @@ def open_log(*arguments, **named) -> Log | NoLog:
 def _stored_id(folder: Path) -> str | None:
     """The id of the wandb run that was logged to from this folder."""
     path = folder / ID_FILE
-    return (path.read_text().strip() or None) if path.exists() else None
+    return (path.read_text(errors="replace").strip() or None) if path.exists() else None
 
 
 def _last_step(path: Path) -> int:
     """The highest step in metrics.jsonl, 0 if there is none; a line cut short by a crash does not count."""
-    last = 0
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            last = max(last, json.loads(line)["step"])
-    return last
+    return int(max((line["step"] for line in _lines(path) if isinstance(line.get("step"), int)), default=0))
 
 
 def _seconds_before(path: Path) -> float:
     """The seconds at the last whole line of an earlier run; 0 if there is none or it did not write them."""
-    seconds = 0.0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # the line that an interrupted run did not end
-            seconds = json.loads(line).get("Seconds", seconds)
-    return seconds
+    seconds = [line["Seconds"] for line in _lines(path) if isinstance(line.get("Seconds"), int | float)]
+    return seconds[-1] if seconds else 0.0
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    """The lines of metrics.jsonl; one that an interrupted run did not end, or that is none, is left out."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict):
+                yield line
 
 
 def _wandb_mode() -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.errors import InputError
+from utils.cli.parser import Parser
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
 from utils.sets import LEFT_OUT, SynSet, load_synset
@@ -28,6 +29,8 @@ OF_ENCODER = {
 }
 # What the sets of one table share. Texts of another text encoder are carried over, see `utils.setup.texts`.
 SHARED = "dataset", "split_seed"
+# Arguments of timm and torchvision by which a set could have other files read than its settings show.
+NAMES_OF_FILES = "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"
 # What every set says of how it was made.
 MADE_WITH = ("method", "dataset", "image_encoder", "text_encoder")
 
@@ -41,6 +44,31 @@ def load_set(path: str) -> SynSet:
     return synset
 
 
+def check_settings(args, parser: Parser) -> None:
+    """Raises InputError if a set, which may be a stranger's, has settings that the flags of their names refuse."""
+    for path in args.synset:
+        settings = load_set(path).settings
+        problems = (f"{key} {ascii(settings[key])}: {_problem(key, settings[key], args, parser)}" for key in settings)
+        if wrong := next((problem for problem in problems if not problem.endswith(": None")), None):
+            raise InputError(f"{path} has among its settings {wrong}; make it again")
+
+
+def _problem(key: str, value, args, parser: Parser) -> str | None:
+    if key == "method":
+        return None if isinstance(value, str) and value.isprintable() else "is no printable text"
+    if key == LEFT_OUT:
+        return None if isinstance(value, dict) else "is no table of names"
+    if key not in (*INHERITED, *PROTOCOL, *OF_ENCODER, "image_encoder") or (value is None and key in OF_ENCODER):
+        return None
+    if key == "image_encoder" and not value:
+        return "names none"
+    if key == "image_kwargs" and isinstance(value, dict) and not args.image_kwargs:
+        files = next((name for name in value if name.rpartition(":")[2] in NAMES_OF_FILES), None)
+        if files:
+            return f"{files} names a file or an address, which you can only give yourself, with --image_kwargs"
+    return parser.misfit(key, value)
+
+
 def settings_of_first_set(args) -> dict:
     """Defaults from the first set; the parser's own if that does not say how it was made."""
     synset = load_set(args.synset[0])
@@ -49,6 +77,9 @@ def settings_of_first_set(args) -> dict:
         named = args.image_encoder or "nfnet"
         return {**dict.fromkeys(OF_ENCODER), "image_encoder": [named] if isinstance(named, str) else named}
     inherited = {key: settings[key] for key in INHERITED if key in settings}
+    # What would be made where it is missing is made in a place that this run's command line names, not a set's.
+    made = ("cache_dir", "image_root", "ann_root") if inherited["dataset"] == "demo" else ("cache_dir",)
+    inherited = {k: v for k, v in inherited.items() if k not in made or Path(v).expanduser().is_dir()}
     if inherited["dataset"] == "demo":
         demo = recipe_defaults("evaluate.py", "demo", None)
         inherited = {key: value for key, value in demo.items() if key in vars(args)} | inherited

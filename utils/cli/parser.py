@@ -4,8 +4,10 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import sys
 
+from networks.image_encoder import plain_name
 from utils import ranks
 from utils.cli.recipes import OUTER_RATES, RECIPES, recipe_defaults
 from utils.matching import FIT
@@ -97,6 +99,25 @@ class Parser(argparse.ArgumentParser):
             self._complete_outer_rates(args)
         return args
 
+    def misfit(self, name: str, value) -> str | None:
+        """What keeps a saved setting from being a value of its flag, None if nothing does; for lists, of each part."""
+        action = next(action for action in self._actions if action.dest == name)
+        if isinstance(value, list) and action.nargs == "+":
+            return next((problem for part in value if (problem := self.misfit(name, part))), None)
+        kind = {bool: boolean, dict: key_value}.get(type(value))
+        takes_text = action.type in (None, plain_name)
+        if takes_text != isinstance(value, str) or (kind and kind is not action.type):
+            return "is of another type"
+        if takes_text and not value.isprintable():
+            return "is no printable text"
+        if action.type is boolean or action.type is key_value:
+            return None if kind else "is of another type"
+        try:
+            self._check_value(action, value if takes_text else action.type(str(value)))
+        except (argparse.ArgumentTypeError, argparse.ArgumentError) as error:
+            return str(error).rpartition(": ")[2]
+        return None
+
     def _complete_lora(self, args):
         defaults = {"lora_alpha": float(args.lora_rank or 0), "lora_layers": "attn", "lora_train": "none"}
         for name, default in defaults.items():
@@ -153,8 +174,8 @@ def number(kind, least=None, above=None, below=None, most=None):
         except ValueError:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {name}") from None
-        if value != value:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         if above is not None and value <= above:

@@ -10,6 +10,7 @@ from data.errors import InputError
 from utils.files import open_tensors, save_tensors, tensor_bytes
 
 TYPES = ("fp16", "fp32")
+FLOATS = "F16", "BF16", "F32", "F64"  # as safetensors names them
 START_KIND = "start of the image tower"
 TOP, LEAST = 15, -126  # a scaled difference is below 2**15, fp16 ends at 2**16; fp32 scales are normal from 2**-126
 
@@ -37,6 +38,26 @@ def pack_snapshots(
 def unpack(first: torch.Tensor, stored: torch.Tensor, scale: float) -> torch.Tensor:
     """The parameter of which `stored` is the scaled difference to `first`, float32."""
     return torch.add(first, stored.float(), alpha=scale)
+
+
+def misfit(handles: dict, scales) -> str | None:
+    """What keeps an expert's tensors, by "epoch/name", and their scales from being its snapshots; reads no tensor."""
+    by_epoch = {}
+    for key, handle in handles.items():
+        epoch, _, name = key.partition("/")
+        if not (epoch.isdecimal() and name):
+            return f"has a tensor {key} that is of no epoch"
+        part = handle.get_slice(key)
+        if part.get_dtype() not in FLOATS:
+            return f"has {key} of {part.get_dtype()} instead of floats"
+        by_epoch.setdefault(int(epoch), {})[name] = part.get_shape()
+    first = by_epoch.get(0, {})
+    for epoch, shapes in sorted(by_epoch.items()):
+        if differing := sorted(name for name in {*first, *shapes} if first.get(name) != shapes.get(name)):
+            return f"has another {differing[0]} after epoch {epoch} than before training"
+    if not isinstance(scales, dict) or not all(isinstance(scale, float) for scale in scales.values()):
+        return "has scales that are not numbers"
+    return None if set(scales) <= set(handles) else "has scales of tensors that it lacks"
 
 
 def _scale(difference: torch.Tensor) -> float:

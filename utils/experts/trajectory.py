@@ -8,7 +8,7 @@ import torch
 
 from data.errors import InputError
 from networks.loss import LEARNED, LOGIT
-from utils.experts.snapshots import open_start, pack_snapshots, save_start, unpack
+from utils.experts.snapshots import misfit, open_start, pack_snapshots, save_start, unpack
 from utils.files import open_tensors, save_tensors
 
 KIND = "expert trajectory"
@@ -87,10 +87,16 @@ class Trajectory:
         handle, metadata = open_tensors(path, KIND, ("settings", "recalls"))
         self.settings, self.recalls = metadata["settings"], metadata["recalls"]
         self.scales = metadata.get("scales", {})
+        if not isinstance(self.settings, dict):
+            raise InputError(f"{KIND} {path} has settings that are no table of names and values; make it again")
+        if not (isinstance(self.recalls, list) and all(isinstance(each, dict) for each in self.recalls)):
+            raise InputError(f"{KIND} {path} has recalls that are no list of one for each epoch; make it again")
         self.handles = dict.fromkeys(handle.keys(), handle)  # by "epoch/name"
         if "start" in metadata:
-            start = open_start(self.path, metadata["start"])
+            start = open_start(self.path, str(metadata["start"]))
             self.handles |= dict.fromkeys(start.keys(), start)
+        if problem := misfit(self.handles, self.scales):
+            raise InputError(f"{KIND} {path} {problem}; make it again")
         self.epochs = sorted({int(key.partition("/")[0]) for key in self.handles})
 
     def names(self) -> set[str]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from data.pairs import open_picture
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,18 @@ def as_words(pictures: Tensor, quality: int = 90) -> list[Tensor]:
 
 
 def read_words(words: Sequence[Tensor]) -> Tensor:
-    """The pictures uint8 [N, 3, H, W] of JPEG files. Raises OSError, with its number, for what is none."""
+    """The pictures uint8 [N, 3, H, W] of JPEG files. Raises OSError, with its number, for what is none or too large."""
     pictures = []
     for number, word in enumerate(words):
         try:
-            pictures.append(np.asarray(Image.open(io.BytesIO(word.numpy().tobytes()))))
-        except OSError as error:
+            image = open_picture(io.BytesIO(word.numpy().tobytes()), among=len(words))
+            pictures.append(np.asarray(image.convert("RGB")))
+        except UnidentifiedImageError as error:  # whose own words name an address in memory
+            raise OSError(f"picture {number} is none") from error
+        except (OSError, ValueError, SyntaxError) as error:
             raise OSError(f"picture {number}: {error}") from error
+        if pictures[-1].shape != pictures[0].shape:
+            raise OSError(f"picture {number} has another size than the first one")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 

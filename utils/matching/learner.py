@@ -171,6 +171,21 @@ class PairLearner:
                 value = torch.empty_like(variable).copy_(value)
             self.optimizer.state[variable][new_names.get(part, part)] = value
 
+    def _misfit(self, metadata: dict) -> str | None:
+        """What keeps a state's metadata from being progress of such a learner."""
+        guard, known = metadata.get("guard", {}), self.guard.state()
+        if not isinstance(metadata["settings"], dict):
+            return "has settings that are no table of names and values"
+        for key in ("iteration", "phase_start"):
+            value = metadata.get(key, 0)
+            if not isinstance(value, int) or value < 0:
+                return f"has the {key} {value} instead of a number of iterations"
+        if not isinstance(metadata["best"], int | float | None):
+            return f"has the best recall {metadata['best']} instead of a number"
+        if not (isinstance(guard, dict) and all(isinstance(guard[key], type(known.get(key))) for key in guard)):
+            return "has a guard of another form"
+        return None
+
     def load(self, path, settings: dict, free: set[str], added: dict | None = None) -> None:
         """Restores what `save` wrote.
 
@@ -182,6 +197,8 @@ class PairLearner:
             InputError: a damaged file, or another setting.
         """
         handle, metadata = open_tensors(path, KIND, ("settings", "iteration", "evaluated", "best"), NAMES)
+        if problem := self._misfit(metadata):
+            raise InputError(f"{path} {problem}; start the run anew in another folder")
         for key, value in {**(added or {}), **metadata["settings"]}.items():
             if key not in free and settings.get(key) != value:
                 raise InputError(
@@ -194,6 +211,13 @@ class PairLearner:
                     shapes = " and ".join(str(tuple(part.shape)) for part in (stored[name], tensor))
                     raise InputError(f"{path} holds another {name} than this run learns ({shapes}); start it anew")
                 tensor.copy_(stored[name])
+        for name, value in stored.items():
+            part, _, variable = name.rpartition("/")
+            wanted = self.averaged.named() if part == "average" else {**self.named, **self.moved}
+            if variable not in wanted or value.numel() not in (1, wanted[variable].numel()):
+                raise InputError(f"{path} has {name}, which is of nothing that this run learns; start it anew")
+            if not value.isfinite().all():
+                raise InputError(f"{path} has values in {name} that are not finite; start it anew")
         self._restore({name: value for name, value in stored.items() if "/" in name})
         self.iteration, self.evaluated = metadata["iteration"], metadata["evaluated"]
         self.phase_start = metadata.get("phase_start", 0)

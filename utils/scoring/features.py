@@ -99,14 +99,15 @@ def embed_views(
         dataset = PictureViews(paths, train_transform(image_size), views)
         return _encode_views(dataset, encoder, batch_size, num_workers, device).view(views, len(paths), -1)
 
-    return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir)
+    return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir, (views,))
 
 
-def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
+def _cached(make, rule: str, paths, encoder, cache_dir, views: tuple = ()) -> Tensor:
     path = Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
+    shape = (*views, len(paths), encoder.width)
     if ranks.gather(path.exists())[0]:
         try:
-            return open_tensors(path, KIND, tensors=("image_embed",))[0].get_tensor("image_embed")
+            return _checked(path, open_tensors(path, KIND, tensors=("image_embed",))[0], shape)
         except InputError as error:
             print(f"making the image features anew: {error}")
     image_embed = make()
@@ -116,6 +117,15 @@ def _cached(make, rule: str, paths, encoder, cache_dir) -> Tensor:
             save_tensors(path, {"image_embed": image_embed}, {"kind": KIND})
     except InputError as error:
         print(f"warning: image features not cached: {error}")
+    return image_embed
+
+
+def _checked(path: Path, handle, shape: tuple) -> Tensor:
+    """The features of a cache file. Raises InputError if they are not finite floats of `shape`."""
+    image_embed = handle.get_tensor("image_embed")
+    if image_embed.dtype != torch.float32 or image_embed.shape != shape or not image_embed.isfinite().all():
+        found = f"{image_embed.dtype} {list(image_embed.shape)}"
+        raise InputError(f"{path} holds {found} instead of finite torch.float32 {list(shape)}")
     return image_embed
 
 

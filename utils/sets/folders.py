@@ -7,20 +7,22 @@ line, {"sentences", "weights"}. `utils.sets.export` writes them. A folder with t
 first of these files alone holds pairs of another program.
 """
 
-import json
+import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.annotations import clean_caption
 from data.errors import InputError
+from data.forms import parse_json
+from data.pairs import open_picture
 from data.transforms import normalize
 from utils.files import open_tensors
 from utils.forms import Sentences
+from utils.sets.misfit import is_number
 
 LINES, ABOUT, TENSORS, WORDS = "metadata.jsonl", "set.json", "texts.safetensors", "words"
 KIND = "folder of pairs"
@@ -100,8 +102,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     if len(lines) != len(tensors["text_syn"]):
         wrong = f"has {len(lines)} lines for {len(tensors['text_syn'])} texts of {TENSORS}"
         raise InputError(f"{folder / LINES} {wrong}; {ADVICE}")
-    pictures = [folder / line["file_name"] for line in lines]
-    missing = next((path for path in pictures if not path.is_file()), None)
+    pictures = _picture_files(folder, lines)
+    missing = next((path for path in pictures if not os.path.isfile(path)), None)
     if missing:
         raise InputError(f"picture {missing} of {LINES} is not there; {ADVICE}")
     if "pix_weights" in tensors:
@@ -121,7 +123,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
 def _read_captioned(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Pairs of another program: without rates, and with texts [M, 1] of zeros until their captions are embedded."""
     lines = _read_lines(folder)
-    pictures = _read_pictures([folder / line["file_name"] for line in lines], "give whole pictures of one size")
+    pictures = _read_pictures(_picture_files(folder, lines), "give whole pictures of one size")
     tensors = {"image_syn": normalize(pictures, *UNIT), "text_syn": torch.zeros(len(lines), 1)}
     captions = [clean_caption(line["text"]) for line in lines]
     return tensors, {"captions": captions, "mean": UNIT[0], "std": UNIT[1], "settings": {"method": CAPTIONED}}
@@ -135,7 +137,7 @@ def _read_about(folder: Path) -> dict:
         advice = f"give {best}" if best.exists() else "give a file, or a folder that evaluate.py --export writes now"
         raise InputError(f"set of pairs {folder} is a folder without {ABOUT}; {advice}")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); {ADVICE}") from error
     if not isinstance(about, dict) or about.get("kind") != KIND:
@@ -158,7 +160,7 @@ def _problem(about: dict) -> str | None:
     numbers = [(name, training[name], size) for name, size in wanted.items()]
     for name, value, size in [*numbers, *(("rates", rates, 2) for rates in by_encoder)]:
         values = value if size and isinstance(value, list) else [value]
-        if len(values) != (size or 1) or not all(isinstance(v, int | float) for v in values):
+        if len(values) != (size or 1) or not all(map(is_number, values)):
             return f"has the {name} {value} instead of {size or 'one'} number{'s' if size else ''}"
     return None
 
@@ -167,7 +169,7 @@ def _read_lines(folder: Path) -> list[dict]:
     path = folder / LINES
     try:
         # Not splitlines: a caption may hold other characters that end a line.
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); {ADVICE}") from error
     for number, line in enumerate(lines, 1):
@@ -176,13 +178,26 @@ def _read_lines(folder: Path) -> list[dict]:
     return lines
 
 
+def _picture_files(folder: Path, lines: list[dict]) -> list[Path]:
+    """The files of the pairs' pictures. Raises InputError for one outside the folder: the lines may be a stranger's."""
+    for number, line in enumerate(lines, 1):
+        name = line["file_name"]
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if not parts or {"..", "/"} & set(parts) or re.match("[A-Za-z]:", name) or not name.isprintable():
+            raise InputError(
+                f"{folder / LINES} has the picture {ascii(name)} in its pair {number}, which is no file of the folder; "
+                f"{ADVICE}"
+            )
+    return [folder / line["file_name"] for line in lines]
+
+
 def _terms(folder: Path, number: int, line: dict) -> list[tuple[str, float]]:
     """The sentences of a pair's text with their weights."""
     sentences, weights = line.get("sentences"), line.get("weights")
     if (
         not (isinstance(sentences, list) and isinstance(weights, list) and len(sentences) == len(weights))
         or not all(isinstance(sentence, str) for sentence in sentences)
-        or not all(isinstance(weight, int | float) for weight in weights)
+        or not all(map(is_number, weights))
     ):
         raise InputError(f"{folder / LINES} has no sentences with a weight each in its pair {number}; {ADVICE}")
     return list(zip(sentences, weights, strict=True))
@@ -201,7 +216,7 @@ def _read_pictures(paths: list[Path], advice: str = ADVICE) -> Tensor:
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with open_picture(path, among=len(paths)) as picture:
                 pictures.append(np.array(picture.convert("RGB")))
         except (OSError, ValueError, SyntaxError) as error:  # the last for a damaged PNG
             raise InputError(f"picture {path} cannot be read ({error}); {advice}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
+from utils.sets.misfit import tensor_problem
 from utils.sets.similarity import similarity_matrix, similarity_misfit, similarity_names
 
 METHOD = "distilled elsewhere"
@@ -37,6 +38,9 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     lacking = [key for key in NAMES if not isinstance(stored.get(key), Tensor)]
     if lacking:
         raise InputError(f"set of pairs {path} lacks the tensor {', '.join(lacking)}; docs/files.md has its form")
+    for key in ("image", "text"):
+        if problem := tensor_problem(stored[key]):
+            raise InputError(f"set of pairs {path}: its tensor {key} {problem}; give another file")
     tensors = {ours: stored[theirs].detach() for theirs, ours in NAMES.items()}
     num_pairs = len(tensors["image_syn"]) if tensors["image_syn"].ndim else 0
     similarity, alpha = _read_similarity(path, stored, num_pairs)

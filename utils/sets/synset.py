@@ -1,6 +1,5 @@
 """A set of synthetic (or chosen real) pairs on disk."""
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import torch
 
 from data.errors import InputError
 from data.transforms import normalize
-from networks.loss import LOSS_TYPES
 from utils.files import open_tensors, save_tensors
 from utils.forms import Mixture, PictureForm, Sentences
 from utils.sets.folders import CAPTIONED, LEFT_OUT, read_folder
+from utils.sets.misfit import misfit
 from utils.sets.pairs import Pairs
 from utils.sets.released import METHOD, is_released, read_released
 from utils.sets.similarity import PARTS, similarity_matrix, similarity_misfit, similarity_names
@@ -201,15 +200,9 @@ def load_synset(path: str | Path) -> SynSet:
     similarity = tuple(tensors[name] for name in names)
     mixture = _read_mixture(path, tensors, metadata)
     sentences = _read_sentences(tensors, metadata)
-    problem = _misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
+    problem = misfit(tensors, metadata) or similarity_misfit(similarity, len(metadata["captions"]))
     if sentences and not problem:
         problem = sentences.misfit(len(metadata["captions"]))
-    loss_type = metadata.get("loss_type", "InfoNCE")
-    if not problem and loss_type not in LOSS_TYPES:
-        problem = f"its loss_type is {loss_type} instead of one of {', '.join(LOSS_TYPES)}"
-    phases = metadata.get("phases", 1)
-    if not problem and not (isinstance(phases, int) and 1 <= phases <= len(metadata["captions"])):
-        problem = f"its phases are {phases} for {len(metadata['captions'])} pairs"
     if problem:
         advice = "export it again" if is_folder else "give another file" if is_released(path) else "make it again"
         raise InputError(f"{KIND} {path} is not whole: {problem}; {advice}")
@@ -225,8 +218,8 @@ def load_synset(path: str | Path) -> SynSet:
         scores=metadata.get("scores", []),
         similarity=similarity,
         alpha=metadata.get("alpha", 1.0),
-        loss_type=loss_type,
-        phases=phases,
+        loss_type=metadata.get("loss_type", "InfoNCE"),
+        phases=metadata.get("phases", 1),
         mixture=mixture,
         rates=metadata.get("rates", {}),
         sentences=sentences,
@@ -245,6 +238,8 @@ def _read_mixture(path, tensors: dict[str, torch.Tensor], metadata: dict) -> Mix
     """The mixture of a file that holds one, whose first pictures become `image_syn`."""
     if PIXELS[0] in tensors:
         return None
+    if not set(MIXTURE) & set(tensors):
+        raise InputError(f"{KIND} {path} lacks {PIXELS[0]}; make it again")
     try:
         weights, words, sizes = (tensors[name] for name in MIXTURE)
         mixture = Mixture(weights.float(), words.split(sizes.tolist()))
@@ -260,31 +255,3 @@ def _read_mixture(path, tensors: dict[str, torch.Tensor], metadata: dict) -> Mix
 def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     handle, metadata = open_tensors(path, KIND, ("captions", "mean", "std", "settings"), TENSORS)
     return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118, a handle is no dict
-
-
-def _misfit(tensors: dict[str, torch.Tensor], metadata: dict) -> str | None:
-    """What keeps the parts from being M pairs with their rates and normalisation."""
-    image_syn, text_syn, captions = tensors["image_syn"], tensors["text_syn"], metadata["captions"]
-    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
-        return "captions is not a list of texts"
-    if image_syn.ndim != 4 or image_syn.shape[1] != 3 or 0 in image_syn.shape:
-        return f"image_syn is {list(image_syn.shape)} instead of [M, 3, H, W]"
-    if text_syn.ndim != 2 or 0 in text_syn.shape:
-        return f"text_syn is {list(text_syn.shape)} instead of [M, D_text]"
-    if not len(image_syn) == len(text_syn) == len(captions):
-        return f"it has {len(image_syn)} pictures, {len(text_syn)} texts and {len(captions)} captions"
-    if not (image_syn.is_floating_point() and text_syn.is_floating_point()):
-        return f"image_syn is {image_syn.dtype} and text_syn is {text_syn.dtype} instead of floats"
-    for name in (name for name in ("syn_lr_img", "syn_lr_txt") if name in tensors):
-        rate = tensors[name]
-        if rate.numel() != 1 or not 0 < rate.item() < math.inf:
-            return f"{name} is {rate.tolist()} instead of one positive number"
-    for name in ("mean", "std"):
-        values = metadata[name]
-        numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-        if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
-            return f"{name} is {values} instead of three {'positive ' if name == 'std' else ''}numbers"
-    for name in ("image_syn", "text_syn"):
-        if not torch.isfinite(tensors[name]).all():
-            return f"{name} has values that are not finite"
-    return None
