@@ -4,7 +4,6 @@ Each iteration starts a student at an expert's epoch, takes syn_steps contrastiv
 the gradient of its distance to where the expert went back into pictures, text embeddings and learning rates.
 """
 
-import shlex
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +29,7 @@ from utils.scoring import (
     nearest_captions,
     recall_table,
 )
-from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset
+from utils.sets import Pairs, SynSet, as_synset, load_synset, picture_grid, save_synset, shown_command
 from utils.setup import (
     Backbone,
     Student,
@@ -119,7 +118,7 @@ def main(argv=None):
     check_sentences(args)
     check_targets(args)
     check_run_folder(args)
-    run = Distillation(args, shlex.join(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
+    run = Distillation(args, shown_command(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
     with saved_when_stopped(run):  # by Ctrl-C, full memory or a lost rank
         distill(run)
     run.report_test()

@@ -5,7 +5,6 @@ with, if it says so; another encoder than a set's own shows how the set transfer
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from data.errors import InputError
 from networks.clip_model import ModelFactory, trained_parameters
 from networks.loss import LOSS_TYPES
 from utils import cli, ranks
-from utils.cli.checks import check_export, check_looks, check_texts
+from utils.cli.checks import asks_for_table, check_export, check_looks, check_texts
 from utils.cli.inheritance import (
     OF_ENCODER,
     PROTOCOL,
@@ -52,7 +51,7 @@ from utils.scoring import (
     mean_text,
     row_of_set,
 )
-from utils.sets import SynSet
+from utils.sets import SynSet, check_new_folder, last_names, shown_command, shown_path
 from utils.setup import (
     export,
     find_device,
@@ -136,8 +135,10 @@ def add_output_flags(parser: cli.Parser) -> None:
         "--export",
         metavar="FOLDER",
         help="write the set as pictures (PNG), captions, embeddings and how to train on them to this new folder, which "
-        "--synset reads, instead of training on it; a sub-folder for each of several sets",
+        "--synset reads; nothing trains unless --markdown, --json or --report asks for scores, which its card then has "
+        "too; a sub-folder for each of several sets",
     )
+    output("--license", metavar="NAME", type=cli.license_name, help="of what --export writes, for its card: cc-by-4.0")
     output("--export_pt", metavar="FILE", help="write the set to this file in the form of LoRS instead; it ends in .pt")
 
 
@@ -145,11 +146,12 @@ def add_output_flags(parser: cli.Parser) -> None:
 def main(argv=None):
     args = parse_args(argv)
     synsets = {path: with_flags(load_set(path), args) for path in args.synset}
-    if args.export or args.export_pt:
+    check_export(args)
+    if args.export_pt or (args.export and not asks_for_table(args)):
         if ranks.is_first():
-            check_export(args)
             export(synsets, args)
         return
+    given = synsets
 
     # What cannot work is refused before anything is read. The networks of one table train alike, but each image
     # encoder has its own checkpoint, adapters and projection: its own command line.
@@ -190,8 +192,10 @@ def main(argv=None):
     if not rows:
         raise InputError("no set could be trained on; give lower --syn_lr_img and --syn_lr_txt, or --tune_rates")
     write_tables(rows, args)
+    if args.export:
+        export(given, args, [as_numbers(row) for row in rows])
     if args.report:
-        command = shlex.join(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
+        command = shown_command(["evaluate.py", *(sys.argv[1:] if argv is None else argv)])
         files, numbers = list(map(Path, args.synset)), [as_numbers(row) for row in rows]
         with Aside()("the page"):  # the table is written: a page that fails must not be an error
             write_table_page(Path(args.report), files, numbers, command)
@@ -205,6 +209,8 @@ def check_outputs(args) -> None:
         raise InputError(f"--markdown, --json and --report cannot share the file {files[-1]}; give each its own")
     for file in files:
         check_can_write(file)
+    if args.export:
+        check_new_folder(args.export)
     if args.report:
         check_installed()  # what draws the page's curves
 
@@ -296,16 +302,28 @@ def announce(row: dict) -> None:
     print(f"{row['set']} on {row['image_encoder']}: mean recall {mean_text(mean['r_mean'], std['r_mean'])}")
 
 
+def shown_sets(rows: list[dict]) -> dict[str, str]:
+    """The rows' sets by their paths, as `shown_path` names them; with a number where two would be one."""
+    names = {}
+    for path in dict.fromkeys(row["set"] for row in rows):
+        name = path if path == ALL_DATA else shown_path(path)
+        names[path] = name if name not in names.values() else f"{name} ({len(names) + 1})"
+    return names
+
+
 def write_tables(rows: list[dict], args) -> None:
     """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
     networks = f"mean ± std over {args.num_eval} networks per set"
     views = f", a picture in one of {args.eval_views + 1} views an epoch" if args.eval_views else ""
     trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train}{views} ({args.protocol})"
-    head = f"{args.dataset} test, text encoder {args.text_encoder}, {networks}, each trained {trained}"
+    text_encoder = last_names(args.text_encoder, always=Path(args.text_encoder).expanduser().is_dir())
+    head = f"{args.dataset} test, text encoder {text_encoder}, {networks}, each trained {trained}"
+    names = shown_sets(rows)  # what is written may be given away: it names no place of this machine
+    rows = [{**row, "set": names[row["set"]]} for row in rows]
     text = f"{head}:\n\n{markdown_table(rows)}\n"  # as it is in the Markdown file
     print(text, end="")
     # The file of numbers says how they were made, so that tables can be compared later.
-    shared = {"dataset": args.dataset, "text_encoder": args.text_encoder, "num_eval": args.num_eval}
+    shared = {"dataset": args.dataset, "text_encoder": text_encoder, "num_eval": args.num_eval}
     shared |= {key: getattr(args, key) for key in (*PROTOCOL, "protocol")}
     numbers = {**shared, "seed": args.seed, "rows": [as_numbers(row) for row in rows]}
     for file, content in ((args.markdown, text), (args.json, json.dumps(numbers, indent=1) + "\n")):

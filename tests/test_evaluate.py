@@ -213,7 +213,6 @@ def test_interrupted_export_leaves_nothing(straight, tmp_path, capsys, monkeypat
         (["--all_data", "b"], "--all_data"),
         (["--tune_rates"], "--tune_rates"),
         (["--looks", "2"], "--looks"),
-        (["--json", "t.json"], "--json"),
         (["--texts", "nearest"], "--texts"),
     ],
 )

@@ -233,7 +233,10 @@ TOGETHER = {
     "evaluate": [
         ("--export new --tune_rates", "--export --tune_rates"),
         ("--export new --texts nearest", "--export --texts"),
-        ("--export new --report r.html", "--export --report"),
+        ("--license MIT", "--license MIT"),
+        ("--license mit", "--license --export"),
+        ("--export run --json t.json", "run holds"),
+        ("--export_pt new.pt --json t.json", "--export_pt --json"),
         ("--export_pt new.safetensors", "--export_pt .pt"),
         ("--export new --export_pt new.pt", "--export_pt --export"),
         ("--synset set.safetensors run/best.safetensors --export_pt new.pt", "--export_pt one"),
@@ -413,6 +416,17 @@ def claims(name, side):
         chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
         Path(name).unlink()
         Path(name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+    return spoil
+
+
+def code(name):
+    """Lets the configuration of a text encoder name code of its own, which would leave a file behind."""
+
+    def spoil():
+        Path(name, "evil.py").write_text("open('it_ran', 'w').close()")
+        config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+        Path(name, "config.json").write_text(json.dumps(config))
 
     return spoil
 
@@ -677,6 +691,7 @@ PARTS = {
         (lambda: torch.save({"a": Path("x")}, "weights.pt"), "--image_checkpoint weights.pt", "weights.pt"),
         (text("own_bert/config.json", "[]"), "--text_encoder own_bert", "own_bert"),
         (text("own_bert/config.json", '{"model_type": "nothing"}'), "--text_encoder own_bert", "own_bert"),
+        (code("own_bert"), "--text_encoder own_bert", "own_bert"),
         (text("own_bert/vocab.txt", ""), "--text_encoder own_bert", "own_bert"),
     ],
 }

@@ -18,7 +18,7 @@ from benchmarks.field import run
 from benchmarks.transfer.table import draw_shares, table
 from utils.files import save_text
 from utils.scoring import ALL_DATA
-from utils.sets import load_synset
+from utils.sets import load_synset, shown_path
 from utils.setup import encoder_names
 
 
@@ -70,10 +70,17 @@ def scored(image_encoder: str, text_encoder: str, args) -> list[dict]:
     folder.mkdir(exist_ok=True)
     file = folder / "evaluation.json"
     files = set(args.synset.values()) | ({ALL_DATA} if args.all_data else set())
-    if not file.exists() or not files <= {row["set"] for row in json.loads(file.read_text())["rows"]}:
+    if not file.exists() or not files <= {row["set"] for row in _rows(file, files)}:
         file.unlink(missing_ok=True)
         run("evaluate.py", [*flags(image_encoder, text_encoder, args), "--json", file], folder, file)
-    return [row for row in json.loads(file.read_text())["rows"] if row["set"] in files]
+    return [row for row in _rows(file, files) if row["set"] in files]
+
+
+def _rows(file: Path, files: set[str]) -> list[dict]:
+    """The rows of evaluate.py's numbers, their sets by the paths that this command gives for them."""
+    path_of = {shown_path(path): path for path in files}
+    rows = json.loads(file.read_text())["rows"]
+    return [{**row, "set": path_of.get(row["set"], row["set"])} for row in rows]
 
 
 def flags(image_encoder: str, text_encoder: str, args) -> list:

@@ -2,7 +2,18 @@
 
 from utils.cli.distillation import add_distillation_flags
 from utils.cli.errors import one_line_errors
-from utils.cli.parser import FLAGS_OF_OTHERS, TITLES, UNUSED_FLAGS, Parser, count, key_value, number, positive, rate
+from utils.cli.parser import (
+    FLAGS_OF_OTHERS,
+    TITLES,
+    UNUSED_FLAGS,
+    Parser,
+    count,
+    key_value,
+    license_name,
+    number,
+    positive,
+    rate,
+)
 from utils.cli.shared import (
     add_data_flags,
     add_evaluation_flags,

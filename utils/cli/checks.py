@@ -6,7 +6,8 @@ from utils.sets import is_released
 from utils.setup import args_of_encoders, encoder_names
 
 # Flags of evaluate.py without effect beside --export and --export_pt.
-TABLE_FLAGS = ("all_data", "tune_rates", "looks", "markdown", "json", "report", "map_captions")
+TABLE_FLAGS = ("all_data", "tune_rates", "looks", "map_captions")
+TABLE_FILES = ("markdown", "json", "report")
 
 
 def check_first_pairs(args) -> None:
@@ -120,11 +121,21 @@ def check_looks(args) -> None:
         look_epochs(args.epoch_eval_train, args.looks)
 
 
+def asks_for_table(args) -> bool:
+    """Of evaluate.py: whether a file of scores is to be written."""
+    return any(getattr(args, name) for name in TABLE_FILES)
+
+
 def check_export(args) -> None:
     """Of evaluate.py: what would have no effect beside --export or --export_pt, or sets that the latter cannot take."""
-    flag = "--export" if args.export else "--export_pt"
-    given = [name for name in TABLE_FLAGS if getattr(args, name)] + (["texts"] if args.texts != "learned" else [])
+    if args.license and not args.export:
+        raise InputError("--license stands in the card that --export writes; add that, or drop it")
+    if not (args.export or args.export_pt) or (args.export and not args.export_pt and asks_for_table(args)):
+        return
+    flag, names = ("--export", TABLE_FLAGS) if args.export else ("--export_pt", (*TABLE_FLAGS, *TABLE_FILES))
+    given = [name for name in names if getattr(args, name)] + (["texts"] if args.texts != "learned" else [])
     if given:
-        raise InputError(f"{flag} trains nothing and writes the sets as they are; leave out --{given[0]}")
+        way_out = ", or ask for scores with --json" if args.export else ""
+        raise InputError(f"{flag} trains nothing and writes the sets as they are; leave out --{given[0]}{way_out}")
     if args.export_pt and (args.export or len(set(args.synset)) > 1 or not is_released(args.export_pt)):
         raise InputError("--export_pt takes one set, a file that ends in .pt, and no --export beside it")

@@ -9,7 +9,7 @@ from data.errors import InputError
 from utils.cli.parser import Parser
 from utils.cli.recipes import DEMO_DATA, recipe_defaults
 from utils.experts import LORA
-from utils.sets import LEFT_OUT, SynSet, load_synset
+from utils.sets import LEFT_OUT, SynSet, load_synset, shown_path
 from utils.setup import encoder_names, settings_of_encoder
 
 # Settings of the first set that are this run's defaults.
@@ -109,7 +109,7 @@ def protocol_of_sets(args, usual: dict) -> dict:
             f"{' and '.join(conflicts)}"
         )
     if len(sources) < len(PROTOCOL):
-        sources.append(f"as {next(iter(distilled))} was scored" if distilled else "the defaults")
+        sources.append(f"as {shown_path(next(iter(distilled)))} was scored" if distilled else "the defaults")
     return {**values, "protocol": ", else ".join(sources)}
 
 

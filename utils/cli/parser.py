@@ -5,6 +5,7 @@ import ast
 import difflib
 import json
 import math
+import re
 import sys
 
 from networks.image_encoder import plain_name
@@ -199,6 +200,12 @@ def positive_or_fit(text: str) -> float | str:
         return text if text == FIT else positive(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; give a number above 0 or {FIT}") from None
+
+
+def license_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no identifier of a licence such as cc-by-4.0 or other")
+    return text
 
 
 def key_value(text: str) -> tuple:

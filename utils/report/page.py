@@ -20,7 +20,7 @@ from utils.report.words import (
     table_cells,
 )
 from utils.scoring import best_look_name
-from utils.sets import SynSet, load_synset
+from utils.sets import LEFT_OUT, SynSet, load_synset, shown_path, without_paths
 
 TEMPLATES = Path(__file__).parent / "template"
 
@@ -80,7 +80,7 @@ def write_table_page(path: Path, sets: list[Path], rows: list[dict], command: st
         "table_note": "Rates: of the image and of the text tower.",
     }
     context["files"] = [
-        {"name": str(f), "what": f"{len(s.captions)} pairs", "size": _size(f)} for f, s in loaded.items()
+        {"name": shown_path(f), "what": f"{len(s.captions)} pairs", "size": _size(f)} for f, s in loaded.items()
     ]
     rows = [{**row, "set": row["set"] if row["set"] == row["method"] else _name(row["set"], row)} for row in rows]
     save_text(path, _render(groups, main.settings, rows, context))
@@ -133,7 +133,7 @@ def _run_context(folder: Path | None, history: History, known: dict) -> dict:
         "map_charts": _marked(map_charts(places)) if places else [],
         "explained": places and places["explained"],
         "search": known.get("search"),
-        "folder": folder and str(folder),
+        "folder": folder and folder.absolute().name,
         "files": list_files(folder) if folder else [],
     }
 
@@ -150,11 +150,13 @@ def _render(groups: list[dict], settings: dict, rows: list[dict], context: dict)
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    told, settings = describe(without_paths(settings)), without_paths(settings)  # the page is for others too
+    del settings[LEFT_OUT]
     template = environment.get_template("report.html.jinja")
     return template.render(
         **context,
         groups=groups,
-        sentences=describe(settings),
+        sentences=told,
         settings=sorted(settings.items()),
         recall_columns=list(RECALL_COLUMNS.values()),
         **_narrow_table(rows),

@@ -1,5 +1,7 @@
 """Sets for people and for other programs: folders of pictures with their captions, and files of other methods' form."""
 
+import hashlib
+import html
 import json
 import os
 import shutil
@@ -28,15 +30,27 @@ from utils.sets.similarity import similarity_names
 from utils.sets.synset import SynSet
 
 CARD = """---
-configs:
+{license}configs:
 - config_name: default
   data_files: ["metadata.jsonl", "*.png"]
 ---
 # {pairs} pairs of pictures and texts
 
-Method: {method}. Data set: {dataset}. Image encoder: {image_encoder}. Text encoder: {text_encoder}.
+| | |
+|---|---|
+| data set | {dataset} |
+| method | {method} |
+| learned through the image encoder | {image_encoder}, {size} px |
+| its weights | {weights} |
+| text encoder | {text_encoder}, pooling {pooling} |
+| licence | {license_text} |
+
+The pictures of some data sets, Flickr30K and COCO among them, are their owners': pairs that are made from them or show
+them are not to be published without the owners' terms.
 
 {what}
+
+{scores}
 
 `metadata.jsonl` has a picture and a caption for each pair: of learned texts the real caption nearest to it.
 `texts.safetensors` holds what is trained on: `text_syn` [{pairs}, {width}], embeddings of the frozen text encoder
@@ -66,7 +80,21 @@ OF_SENTENCES = (
 )
 
 
-def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
+SCORES = """Recall on the test split of networks that trained on these pairs alone, in per cent, mean ± std over them.
+Home is an encoder that took part in making the pairs:
+
+| image encoder | text encoder | home | networks | trains | TR@1 | IR@1 | mean of the six |
+|---|---|---|---|---|---|---|---|
+"""
+NO_SCORES = "These pairs were not scored when they were written; `evaluate.py` below scores them."
+
+
+def export_sets(
+    folder: str | Path,
+    synsets: dict[str, SynSet],
+    scores: dict[str, list[dict]] | None = None,
+    license_name: str | None = None,
+) -> None:
     """Writes each set as a folder, which `load_synset` reads; a sub-folder per set where there are several.
 
     A set's folder is as `utils.sets.folders` says, with a PNG for each pair and a README.md beside. Pixels are rounded
@@ -74,6 +102,8 @@ def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
 
     Args:
         synsets: by the name of the sub-folder, which does not matter for one alone.
+        scores: rows of numbers of each set by that name, for its card.
+        license_name: of the pairs, for their cards.
 
     Raises:
         InputError: `folder` holds files already, or cannot be written.
@@ -81,11 +111,12 @@ def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
     folder = Path(folder).expanduser().absolute()
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        if folder.exists() and os.listdir(folder):
-            raise InputError(f"{folder} holds files already; give an empty or new folder")
+        check_new_folder(folder)
         building.mkdir(parents=True)
         for name, synset in synsets.items():
-            _write_set(building if len(synsets) == 1 else building / name, synset)
+            _write_set(
+                building if len(synsets) == 1 else building / name, synset, (scores or {}).get(name, []), license_name
+            )
         os.rename(building, folder)
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}); give another folder") from error
@@ -93,7 +124,16 @@ def export_sets(folder: str | Path, synsets: dict[str, SynSet]) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_set(folder: Path, synset: SynSet) -> None:
+def check_new_folder(folder: str | Path) -> None:
+    """Raises InputError if `folder` is a file or holds some."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write {folder} (it is a file); give another folder")
+    if folder.exists() and os.listdir(folder):
+        raise InputError(f"{folder} holds files already; give an empty or new folder")
+
+
+def _write_set(folder: Path, synset: SynSet, scores: list[dict], license_name: str | None) -> None:
     folder.mkdir(exist_ok=True)
     lines, texts = [], synset.sentences.texts() if synset.sentences else []
     for i, (pixels, caption) in enumerate(zip(pixels_of(synset), synset.captions, strict=True)):
@@ -113,12 +153,14 @@ def _write_set(folder: Path, synset: SynSet) -> None:
     save_tensors(folder / TENSORS, tensors, {"kind": TENSORS_KIND})
     about = _about(synset)
     (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(synset, about), encoding="utf-8")
+    (folder / "README.md").write_text(_card(synset, about, scores, license_name), encoding="utf-8")
 
 
 def _about(synset: SynSet) -> dict:
     """What set.json says."""
     settings = without_paths(synset.settings)
+    if weights := _digests(synset.settings.get("image_checkpoint")):
+        settings["image_weights"] = weights  # a checkpoint has another place elsewhere, its bytes tell which it is
     training = {key: getattr(synset, key) for key in PARTS}
     training |= {name: settings.pop(flag) for name, flag in SCORED_BY.items() if flag in settings}
     return {
@@ -132,11 +174,41 @@ def _about(synset: SynSet) -> dict:
     }
 
 
-def _card(synset: SynSet, about: dict) -> str:
-    names = ("method", "dataset", "image_encoder", "text_encoder")
-    made = {name: about["settings"].get(name, "not known") for name in names}
-    if isinstance(made["image_encoder"], list):
-        made["image_encoder"] = ", ".join(made["image_encoder"])
+def _digests(checkpoints) -> dict[str, str]:
+    """SHA-256 of the checkpoints that are there, by their last names."""
+    files = checkpoints if isinstance(checkpoints, list) else [checkpoints]
+    paths = [Path(file).expanduser() for file in files if file]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def _cell(value) -> str:
+    """A setting in a table of Markdown, on one line, as words alone."""
+    values = value if isinstance(value, list) else [value]
+    return html.escape(", ".join(" ".join(str(part).split()) for part in values)).replace("|", "\\|")
+
+
+def _scores(rows: list[dict], settings: dict) -> str:
+    if not rows:
+        return NO_SCORES
+    encoders, lines = settings.get("image_encoder", []), []
+    encoders = encoders if isinstance(encoders, list) else [encoders]
+    for row in rows:
+        recalls = [f"{row['mean'][key]:.1f} ± {row['std'][key]:.1f}" for key in ("txt_r1", "img_r1", "r_mean")]
+        is_home = row["image_encoder"] in encoders and row["texts"] == "learned"
+        names = [row["image_encoder"], row["text_encoder"], "yes" if is_home else "no", row["networks"], row["trains"]]
+        lines.append(f"| {' | '.join([*map(_cell, names), *recalls])} |\n")
+    return SCORES + "".join(lines).rstrip()
+
+
+def _card(synset: SynSet, about: dict, scores: list[dict], license_name: str | None) -> str:
+    names = {name: name for name in ("method", "dataset", "image_encoder", "text_encoder")}
+    names |= {"pooling": "text_pooling", "size": "image_size"}
+    made = {name: _cell(about["settings"].get(key, "not known")) for name, key in names.items()}
+    digests = about["settings"].get("image_weights", {})
+    made["weights"] = _cell([f"{name}, SHA-256 {digest}" for name, digest in digests.items()] or "published or unknown")
+    made["license"] = f"license: {license_name}\n" if license_name else ""
+    made["license_text"] = license_name or "none was given"
+    made["scores"] = _scores(scores, about["settings"])
     sizes = {key: about[key] for key in ("pairs", "pictures")}
     data_files = ', data_files=["metadata.jsonl", "*.png"]' if synset.mixture else ""
     what = (OF_MIXTURES if synset.mixture else OF_PIXELS).format(**sizes) + (OF_SENTENCES if synset.sentences else "")

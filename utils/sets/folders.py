@@ -9,6 +9,8 @@ first of these files alone holds pairs of another program.
 
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -58,6 +60,22 @@ def without_paths(settings: dict) -> dict:
             if kept[key] != value or is_folder:
                 left_out[key] = kept[key]
     return {**kept, LEFT_OUT: left_out}
+
+
+def shown_path(path: str | Path) -> str:
+    """A file as pages for others name it: as it was given if that is from here, else by its last two parts."""
+    path = Path(path)
+    is_from_here = not path.is_absolute() and ".." not in path.parts and "~" not in path.parts[:1]
+    return path.as_posix() if is_from_here else "/".join(path.parts[-2:]).lstrip("/")
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """A command line without the places of its files; their last names stay."""
+    shown = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        shown.append(f"{flag}{equals}{last_names(value)}")
+    return shlex.join(shown)
 
 
 def _names_a_file(value) -> bool:
