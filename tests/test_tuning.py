@@ -11,7 +11,7 @@ import evaluate
 from data.errors import InputError
 from tests.programs import error_line, score_sets
 from utils.scoring import NonFiniteLoss, choose_rates
-from utils.sets import load_synset, save_synset
+from utils.sets import load_synset, save_synset, shown_path
 
 QUICK = ["--num_eval", "1"]
 GRIDS = [0.01, 0.1, 1.0], [0.01, 0.1, 1.0]
@@ -164,7 +164,7 @@ def test_a_set_that_diverges_has_no_row_and_the_others_do(sets, tmp_path, capsys
     save_synset(diverging, replace(synset, syn_lr_txt=1e30))
     assert evaluate.main(["--synset", sets("a")[1], diverging, *QUICK, "--json", str(tmp_path / "t.json")]) == 0
     assert f"no row for {diverging} on test_nfnet: training loss became" in capsys.readouterr().out
-    assert [row["set"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == [sets("a")[1]]
+    assert [row["set"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == [shown_path(sets("a")[1])]
     line = error_line(capsys, score_sets, "--synset", diverging, *QUICK)
     assert line.startswith("error: no set could be trained on; give lower --syn_lr_img")
 
