@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -42,6 +41,8 @@ class TextEncoder:
     """
 
     def __init__(self, name: str, pooling: str = "cls", pretrained: bool = True, device="cpu"):
+        import transformers  # slow to import: see networks/image_encoder.py
+
         self.name = name
         self.pooling = pooling
         self.device = torch.device(device)
@@ -56,7 +57,8 @@ class TextEncoder:
                 if self.tokenizer.eos_token is None:
                     raise ValueError("its tokenizer has neither a pad token nor one that ends a text")
                 self.tokenizer.pad_token = self.tokenizer.eos_token  # never looked at: the mask leaves it out
-            model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
+            auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
+            model = self._load(auto, source, config, pretrained and name not in NO_WEIGHTS)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
@@ -69,8 +71,7 @@ class TextEncoder:
         self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.width = model.config.projection_dim if self.is_clip else model.config.hidden_size
 
-    def _load(self, source, config, pretrained):
-        auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
+    def _load(self, auto, source, config, pretrained):
         if pretrained:
             return auto.from_pretrained(source)
         if self.is_clip:
