@@ -14,10 +14,12 @@ from data.errors import InputError
 from data.forms import (
     SPLITS,
     field,
+    has_texts_beside,
     in_split,
     is_other_form,
     is_text,
     karpathy_rows,
+    names_splits,
     parse_json,
     read_form,
     read_split_folder,
@@ -60,7 +62,8 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
         split: train, val or test.
         ann_root: folder with `{stem}_{split}.json`, `dataset_{name}.json`, `{stem}_{split}.csv` (or .jsonl, .tsv) or
             `{stem}.csv`; the first one found is read. Where there is none, the one file of a usual name, see
-            docs/files.md; flickr and coco are downloaded if there is none either. Or that file itself.
+            docs/files.md; flickr and coco are downloaded if there is none either. Of a name that is not known any one
+            table, or a text file beside each picture. Or that file itself.
         split_seed: of the splits of a file that names none.
 
     Raises:
@@ -81,18 +84,23 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
         in_folder = read_split_folder(root, split)
         if in_folder is not None:
             return _group(*in_folder)
+        if dataset not in PUBLISHED and not _has_own_split(stem, root):
+            own_form = _only_table(root) or (root if has_texts_beside(root) else None)
+            if own_form is not None:
+                return _group(own_form, read_form(own_form, split, split_seed))
     if path is None and dataset in STEMS:
         path = _download(own[0])
     if path is None:
         if not root.is_dir():
             raise InputError(f"no annotation folder {root}; give the folder with --ann_root")
         names = ", ".join([*(candidate.name for candidate in candidates), *_usual_names(dataset, stem)])
+        any_form = "" if dataset in PUBLISHED else ", any one csv, tsv or jsonl, a text file beside each picture"
         raise InputError(
-            f"no annotations of '{dataset}' in {root}; looked for {names}; give their folder with --ann_root"
+            f"no annotations of '{dataset}' in {root}; looked for {names}{any_form}; give their folder with --ann_root"
         )
     if path == karpathy:
         return _group(path, _karpathy_rows(path, split))
-    if path.suffix in (".jsonl", ".tsv") or is_other_form(path):
+    if path.suffix in (".jsonl", ".tsv") or is_other_form(path) or (path == single and not names_splits(path)):
         return _group(path, read_form(path, split if path == single else None, split_seed))
     return _group(path, _csv_rows(path, split) if path.suffix == ".csv" else _json_rows(path))
 
@@ -125,11 +133,24 @@ def _usual_names(dataset: str, stem: str) -> list[str]:
 
 def _usual_file(dataset: str, stem: str, root: Path) -> Path | None:
     """The one file of a usual name, where no split has a file of its own."""
-    if any((root / f"{stem}_{split}{ending}").is_file() for split in SPLITS for ending in ENDINGS):
+    if _has_own_split(stem, root):
         return None
     names = _usual_names(dataset, stem)
     paths = [path for name in names for path in (root.glob(name) if "*" in name else [root / name])]
-    found = sorted({path for path in paths if path.is_file()})
+    return _only(sorted({path for path in paths if path.is_file()}), root)
+
+
+def _has_own_split(stem: str, root: Path) -> bool:
+    return any((root / f"{stem}_{split}{ending}").is_file() for split in SPLITS for ending in ENDINGS)
+
+
+def _only_table(root: Path) -> Path | None:
+    """The one table or file of JSON lines in the folder, whatever it is called."""
+    return _only(sorted(path for ending in (".csv", ".jsonl", ".tsv") for path in root.glob(f"*{ending}")), root)
+
+
+def _only(found: list[Path], root: Path) -> Path | None:
+    """Raises InputError if there are several."""
     if len(found) > 1:
         raise InputError(
             f"{root} has the annotation files {', '.join(path.name for path in found)}; give one of them as --ann_root"
@@ -193,8 +214,7 @@ def _csv_rows(path: Path, split: str) -> Iterator[tuple]:
             reader = csv.DictReader(file)
             missing = [name for name in needed if name not in (reader.fieldnames or [])]
             if missing:
-                way_out = ", or give the file as --ann_root to have it split" if missing == ["split"] else ""
-                raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns{way_out}")
+                raise InputError(f"{path} has no column '{missing[0]}'; its first line must name the columns")
             for number, row in enumerate(reader, 1):
                 if has_split or in_split(row["split"], split):
                     yield number, row["image"], [row["caption"]], row.get("image_id")

@@ -5,8 +5,6 @@ import math
 
 import torch
 import torch.nn.functional as nn_functional
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
 from data.transforms import MAX_TRANSLATION
 
@@ -29,10 +27,14 @@ class Augment:
     LAYERS, PROBABILITY, DRAWN_FROM = 2, 0.5, 20  # ten operations in both directions; three leave the picture as it is
 
     def __init__(self, image_size: int):
+        from torchvision.transforms import InterpolationMode, v2  # slow to import: see networks/image_encoder.py
+        from torchvision.transforms.v2 import functional as F
+
         self.crop = v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC)
         # In units of half a side; a sign turns the direction round.
         shift, shear = 2 * max(1, round(0.5 * MAX_TRANSLATION * image_size)) / image_size, 0.15
         sine, cosine = math.sin(math.radians(15)), math.cos(math.radians(15))
+        self.flip = F.horizontal_flip
         self.operations = [F.autocontrast, F.autocontrast, F.equalize, F.equalize]
         for sign in (-1, 1):
             self.operations += [
@@ -45,7 +47,7 @@ class Augment:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         images = torch.stack([self.crop(image) for image in images])
-        _apply(F.horizontal_flip, images, torch.rand(len(images)) < 0.5)
+        _apply(self.flip, images, torch.rand(len(images)) < 0.5)
         for _ in range(self.LAYERS):
             acts = torch.rand(len(images)) < self.PROBABILITY
             drawn = torch.randint(self.DRAWN_FROM, (len(images),))

@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -31,6 +32,7 @@ LISTS = (
     {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"},
     {"train": "train.txt", "val": "val.txt", "test": "test.txt"},
 )
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT_PARTS, MOST_HELD_OUT = 10, 1000  # of the pictures, for each of validation and test
 ENCODING = "utf-8-sig"
 
@@ -54,6 +56,8 @@ def is_text(value) -> bool:
 def read_form(path: Path, split: str | None = None, split_seed: int = 0) -> list[tuple]:
     """The rows of a split, or all of them. A file that names no splits gets them from lists beside it, or by the seed.
 
+    A folder stands for the text files in it, one beside each picture.
+
     Raises:
         InputError: the file is in no form that is known, in two, or broken.
     """
@@ -74,6 +78,26 @@ def read_split_folder(root: Path, split: str) -> tuple[Path, list[tuple]] | None
     if path is None:
         return None
     return path, [(row[0], f"{path.parent.name}/{row[1]}", *row[2:]) for row in read_form(path)]
+
+
+def has_texts_beside(root: Path) -> bool:
+    """Whether a picture somewhere in the folder has a text file of its name beside it."""
+    return any(text.is_file() for _, text in _pictures(root))
+
+
+def _pictures(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Each picture with what its text file is called, in the order of their names."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for picture in map(Path(folder).joinpath, sorted(files)):
+            if picture.suffix.lower() in PICTURE_ENDINGS:
+                yield picture, picture.with_suffix(".txt")
+
+
+def names_splits(path: Path) -> bool:
+    """Whether the first line of a table has a column 'split'."""
+    _, columns = _table_columns(_first_line(_text(path))) or ("", [])
+    return "split" in columns
 
 
 def in_split(name, split: str) -> bool:
@@ -117,7 +141,7 @@ def _is_object(text: str) -> bool:
 @functools.lru_cache(maxsize=1)  # the splits of one file are asked for one after the other
 def _split_rows(path: Path, split_seed: int, stamp: tuple) -> tuple[list[tuple], dict[str, str] | None]:
     """All rows, and the split of each picture, which a line tells, where the rows do not name it."""
-    rows = _rows(path, _text(path))
+    rows = _beside_rows(path) if path.is_dir() else _rows(path, _text(path))
     if any(row[4] is not None for row in rows):
         return rows, None
     names = {_name(row) for row in rows}
@@ -159,10 +183,11 @@ def _rows(path: Path, text: str) -> list[tuple]:
 
 def _splits(path: Path, names: set[str], split_seed: int) -> tuple[dict[str, str], str]:
     """The split of each picture, and the words for where it is from."""
+    folder = path if path.is_dir() else path.parent
     for lists in LISTS:
-        there = [name for name in lists.values() if (path.parent / name).is_file()]
+        there = [name for name in lists.values() if (folder / name).is_file()]
         if there:
-            return _listed_splits(path, names, lists, there), f"by {', '.join(there)}"
+            return _listed_splits(folder, path, names, lists, there), f"by {', '.join(there)}"
     held_out = min(MOST_HELD_OUT, max(1, len(names) // HELD_OUT_PARTS))
     if len(names) < len(SPLITS):
         raise InputError(f"{path} has only {len(names)} pictures, too few for three splits; give more")
@@ -173,21 +198,40 @@ def _splits(path: Path, names: set[str], split_seed: int) -> tuple[dict[str, str
     return split_of, f"by --split_seed {split_seed}"
 
 
-def _listed_splits(path: Path, names: set[str], lists: dict[str, str], there: list[str]) -> dict[str, str]:
+def _listed_splits(folder: Path, path: Path, names: set[str], lists: dict, there: list[str]) -> dict[str, str]:
     if len(there) < len(lists):
         missing = next(name for name in lists.values() if name not in there)
-        raise InputError(f"{there[0]} is in {path.parent} and {missing} is not; add it, or remove the other lists")
+        raise InputError(f"{there[0]} is in {folder} and {missing} is not; add it, or remove the other lists")
     by_stem = {PurePosixPath(name).stem: name for name in names}  # some lists leave the ending out
     split_of = {}
     for split, list_name in lists.items():
-        for line in _text(path.parent / list_name).split("\n"):
+        for line in _text(folder / list_name).split("\n"):
             entry = line.strip().replace("\\", "/")
             name = entry if entry in names else by_stem.get(entry)
             if name is not None and split_of.setdefault(name, split) != split:
-                raise InputError(f"{path.parent / list_name} has {entry}, as the list of {split_of[name]} has; choose")
+                raise InputError(f"{folder / list_name} has {entry}, as the list of {split_of[name]} has; choose")
         if split not in split_of.values():
-            raise InputError(f"{path.parent / list_name} names no picture of {path}; give its lists or remove them")
+            raise InputError(f"{folder / list_name} names no picture of {path}; give its lists or remove them")
     return split_of
+
+
+# ---- a text file beside each picture
+
+
+def _beside_rows(root: Path) -> list[tuple]:
+    """A caption is a line; pictures without one are left out, which a line tells."""
+    rows, without = [], []
+    for number, (picture, text) in enumerate(_pictures(root), 1):
+        lines = _text(text).split("\n") if text.is_file() else []
+        captions = [line.strip() for line in lines if line.strip()]
+        if captions:
+            rows.append((number, picture.relative_to(root).as_posix(), captions, None, None))
+        else:
+            without.append(picture)
+    if without:
+        pictures = f"{len(without)} of {len(rows) + len(without)} pictures"
+        print(f"warning: left out {pictures} without a caption, the first is {without[0]}")
+    return rows
 
 
 # ---- Flickr8k.token.txt and results_20130124.token

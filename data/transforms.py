@@ -3,8 +3,6 @@
 import functools
 
 import torch
-from timm.data.auto_augment import RandAugment, rand_augment_ops
-from torchvision.transforms import InterpolationMode, v2
 
 RAND_AUGMENT_OPS = [
     "AutoContrast",
@@ -31,6 +29,9 @@ def train_transform(image_size: int, no_aug: bool = False):
     """
     if no_aug:
         return eval_transform(image_size)
+    from timm.data.auto_augment import RandAugment, rand_augment_ops  # slow to import: see networks/image_encoder.py
+    from torchvision.transforms import InterpolationMode, v2
+
     hparams = {"translate_pct": MAX_TRANSLATION, "img_mean": (128, 128, 128)}
     ops = rand_augment_ops(magnitude=5, prob=0.5, hparams=hparams, transforms=RAND_AUGMENT_OPS)
     return v2.Compose(
@@ -45,6 +46,8 @@ def train_transform(image_size: int, no_aug: bool = False):
 
 def eval_transform(image_size: int):
     """Resize to the square, bicubic: PIL RGB picture -> uint8 [3, image_size, image_size]."""
+    from torchvision.transforms import InterpolationMode, v2
+
     size = (image_size, image_size)
     return v2.Compose([v2.Resize(size, interpolation=InterpolationMode.BICUBIC), v2.PILToTensor()])
 

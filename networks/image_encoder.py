@@ -3,17 +3,13 @@
 import contextlib
 import difflib
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.errors import InputError
-from networks import torchvision_models
 from networks.derivatives.activations import replace_activations
-from networks.torchvision_models import PREFIX
 
 # The names of the paper and of the released scripts, and the timm models they stand for.
 SHORT_NAMES = {
@@ -24,8 +20,7 @@ SHORT_NAMES = {
     "vit_tiny": "vit_tiny_patch16_224",
     "clip": "vit_base_patch32_clip_224.openai",
 }
-
-
+TORCHVISION = "torchvision:"  # before the name of a model of torchvision
 HUB_PREFIXES = ("hf_hub:", "hf-hub:", "timm/")  # of a timm model's name, as Hugging Face writes it
 # Before the keys of a checkpoint: of data parallel training, of a model around the encoder, of CLIP's image tower.
 KEY_PREFIXES = ("module.", "model.", "backbone.", "visual.")
@@ -45,6 +40,8 @@ class ImageEncoder(nn.Module):
     """
 
     def __init__(self, model: nn.Module):
+        from timm.data import resolve_model_data_config  # here, as in `_library`
+
         super().__init__()
         self.model = model
         self.width = model.num_features
@@ -90,17 +87,12 @@ def build_image_encoder(
     """
     plain = plain_name(name)
     plain = SHORT_NAMES.get(plain, plain)
-    of_torchvision = plain.startswith(PREFIX)
-    if of_torchvision:
-        known = plain.removeprefix(PREFIX) in torchvision_models.list_names()
-    else:
-        known = timm.is_model(plain.split(".")[0])
-    if not known:
+    of_torchvision, library = plain.startswith(TORCHVISION), _library(plain)
+    if not library.is_model(plain):
         raise InputError(f"unknown image encoder '{name}'{_nearest(plain)}")
-    create = torchvision_models.create_model if of_torchvision else _create_timm_model
     download = pretrained and checkpoint is None
     try:
-        model = create(plain, image_size, download, dict(kwargs or {}))
+        model = library.create_model(plain, image_size, download, dict(kwargs or {}))
     except (OSError, RuntimeError, TypeError, AssertionError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
         advice = "check --image_size and --image_kwargs"
@@ -113,13 +105,13 @@ def build_image_encoder(
     return ImageEncoder(model)
 
 
-def _create_timm_model(name: str, image_size: int, download: bool, kwargs: dict) -> nn.Module:
-    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-        kwargs.setdefault("img_size", image_size)
-    model = timm.create_model(name, pretrained=download, num_classes=0, **kwargs)
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, image_size, image_size))
-    return model
+def _library(name: str):
+    """The module that makes the model: networks/timm_models.py or torchvision_models.py."""
+    # Imported here, as timm, torchvision and transformers everywhere: they take seconds, and --help and a wrong flag
+    # do without them (tests/test_start.py).
+    from networks import timm_models, torchvision_models
+
+    return torchvision_models if name.startswith(TORCHVISION) else timm_models
 
 
 def plain_name(name: str) -> str:
@@ -173,8 +165,8 @@ def _without_prefixes(key: str, wanted) -> str:
 
 
 def _nearest(name: str) -> str:
-    prefix, names, whole = "", [*SHORT_NAMES, *timm.list_models()], "timm.list_models()"
-    if name.startswith(PREFIX):
-        prefix, names, whole = PREFIX, torchvision_models.list_names(), "torchvision.models.list_models()"
+    prefix, names, whole = "", [*SHORT_NAMES, *_library(name).list_names()], "timm.list_models()"
+    if name.startswith(TORCHVISION):
+        prefix, names, whole = TORCHVISION, _library(name).list_names(), "torchvision.models.list_models()"
     found = difflib.get_close_matches(name.removeprefix(prefix), names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(prefix + near for near in found)}?" if found else f"; see {whole}"

@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from data.errors import InputError
@@ -41,6 +40,8 @@ class TextEncoder:
     """
 
     def __init__(self, name: str, pooling: str = "cls", pretrained: bool = True, device="cpu"):
+        import transformers  # slow to import: see networks/image_encoder.py
+
         self.name = name
         self.pooling = pooling
         self.device = torch.device(device)
@@ -58,7 +59,8 @@ class TextEncoder:
                     raise ValueError("its tokenizer has neither a pad token nor one that ends a text")
                 self.tokenizer.pad_token = self.tokenizer.eos_token  # never looked at: the mask leaves it out
             self.tokenizer(["a"])  # an empty vocabulary shows only when it is used
-            model = self._load(source, config, pretrained and name not in NO_WEIGHTS)
+            auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
+            model = self._load(auto, source, config, pretrained and name not in NO_WEIGHTS)
         except Exception as error:  # damaged files fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
@@ -71,8 +73,7 @@ class TextEncoder:
         self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.width = model.config.projection_dim if self.is_clip else model.config.hidden_size
 
-    def _load(self, source, config, pretrained):
-        auto = transformers.CLIPTextModelWithProjection if self.is_clip else transformers.AutoModel
+    def _load(self, auto, source, config, pretrained):
         if pretrained:
             model, found = auto.from_pretrained(source, output_loading_info=True)
             # What a file lacks would be drawn at random, without a word; a pooler is not used here.

@@ -7,9 +7,13 @@ from torch import nn
 from torchvision import models
 
 from data.errors import InputError
+from networks.image_encoder import TORCHVISION
 
-PREFIX = "torchvision:"
 WITH_STRIDE = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def is_model(name: str) -> bool:
+    return name.removeprefix(TORCHVISION) in list_names()
 
 
 def list_names() -> list[str]:
@@ -34,7 +38,7 @@ def create_model(name: str, image_size: int, download: bool, kwargs: dict) -> nn
         OSError, RuntimeError, TypeError, AssertionError, ValueError: what torchvision raises for arguments that it
             refuses and for weights that cannot be had.
     """
-    plain = name.removeprefix(PREFIX)
+    plain = name.removeprefix(TORCHVISION)
     arguments = {**_size_arguments(plain, image_size), **kwargs}
     model = models.get_model(plain, weights="DEFAULT" if download else None, **arguments).eval()
     if hasattr(model, "transform_input") and "transform_input" not in kwargs:

@@ -220,10 +220,9 @@ def test_several_files_are_asked_about_and_one_can_be_named(tmp_path):
     assert len(read_split("mine", "val", tmp_path / "metadata.jsonl")) == 3
 
 
-def test_csv_without_splits_is_refused_and_can_be_named(tmp_path):
+def test_csv_without_splits_can_be_named_too(tmp_path):
     table("mine.csv", ",", "image,caption")(tmp_path)
-    assert "give the file as --ann_root" in input_error(read_split, "mine", "val", tmp_path)
-    assert len(read_split("mine", "val", tmp_path / "mine.csv")) == 3
+    assert read_split("mine", "val", tmp_path) == read_split("mine", "val", tmp_path / "mine.csv")
 
 
 def test_a_known_data_set_does_not_take_anothers_file(tmp_path):

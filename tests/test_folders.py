@@ -192,7 +192,8 @@ def test_what_a_folder_left_out_is_asked_for(folder, places, tmp_path, capsys, m
     assert "demo_nfnet.safetensors" in line and "--image_checkpoint" in line
     line = error_line(capsys, score_sets, "--synset", folder, *places[4:])
     assert str(folder) in line and "--image_root" in line
-    line = error_line(capsys, score_sets, "--synset", folder, *places[:2], *places[4:])
+    (tmp_path / "pictures").mkdir()
+    line = error_line(capsys, score_sets, "--synset", folder, places[0], tmp_path / "pictures", *places[4:])
     assert "--ann_root" in line
 
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 from torchvision import models
 
-from networks import image_encoder, text_encoder
+from networks import text_encoder
 from networks.clip_model import CLIPModel, ModelFactory, ProjectionHead, trained_parameters
 from networks.derivatives.activations import Hardsigmoid, SiLU
 from networks.image_encoder import SHORT_NAMES, ImageEncoder, build_image_encoder
@@ -141,7 +141,7 @@ def test_checkpoint_spares_the_download(monkeypatch, tmp_path):
         asked.append(pretrained)
         return create(name, pretrained=False, **kwargs)
 
-    monkeypatch.setattr(image_encoder.timm, "create_model", create_model)
+    monkeypatch.setattr(timm, "create_model", create_model)
     path = tmp_path / "weights.safetensors"
     save_file(create("test_nfnet", num_classes=0).state_dict(), path)
     build_image_encoder("test_nfnet", 32, checkpoint=str(path))

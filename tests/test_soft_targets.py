@@ -448,7 +448,7 @@ def test_recipes_of_later_papers(recipe):
 def test_siglip_from_experts_to_evaluation(run_buffer, run_distill, experts, tmp_path, capsys):
     siglip = "--loss_type", "SigLIP"
     buffers, run = tmp_path / "B", tmp_path / "run"
-    assert run_buffer(buffers, *siglip) == 0
+    assert run_buffer(buffers, *siglip, "--num_experts", 2) == 0
     (path,) = buffers.glob("**/expert_000.safetensors")
     first, last = (Trajectory(path).snapshot(epoch) for epoch in (0, 1))
     assert first["logit_bias"] == -10 != last["logit_bias"] and first["logit_scale"] != last["logit_scale"]

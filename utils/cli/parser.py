@@ -8,6 +8,7 @@ import math
 import re
 import sys
 
+from data.annotations import STEMS
 from networks.image_encoder import plain_name
 from utils import ranks
 from utils.cli.recipes import OUTER_RATES, RECIPES, recipe_defaults
@@ -15,6 +16,7 @@ from utils.matching import FIT
 
 # The groups of flags in --help, in their order; a script shows those that it has.
 TITLES = "data", "encoders", "recipe", "pairs", "experts", "student", "outer loop", "evaluation", "output", "machine"
+DOWNLOADED_INTO = "./Flickr30k/ann_file/"  # the annotations of data sets that are downloaded
 # Accepted by the released scripts and used by none of them.
 UNUSED_FLAGS = (
     *("basis", "canvas_samples", "canvas_size", "data_path", "distill", "dsa", "dsa_strategy", "eval_mode"),
@@ -94,6 +96,8 @@ class Parser(argparse.ArgumentParser):
             delattr(args, name)
         if "image_kwargs" in args:
             args.image_kwargs = dict(args.image_kwargs or [])
+        if "ann_root" in args and args.ann_root is None:
+            args.ann_root = DOWNLOADED_INTO if args.dataset in STEMS else args.image_root
         if "lora_rank" in args:
             self._complete_lora(args)
         if "optimizer" in args:

@@ -14,9 +14,13 @@ from utils.cli.recipes import RECIPES
 def add_data_flags(parser: Parser) -> None:
     data = parser.section("data")
     add = data.add_argument
-    add("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or NAME of your own files")
+    add("--dataset", default="flickr", help="flickr, coco, flickr8k, demo, or any NAME for your own")
     add("--image_root", default="./Flickr30k/flickr-image-dataset/flickr30k-images/", help="folder of the pictures")
-    add("--ann_root", default="./Flickr30k/ann_file/", help="folder of the annotation files, or the one file")
+    add(
+        "--ann_root",
+        help="folder of the annotation files, or the one file; if not given ./Flickr30k/ann_file/ for flickr and coco, "
+        "--image_root for others",
+    )
     add("--split_seed", type=number(int, least=0), default=0, help="splits annotations that name no splits, by picture")
     add("--image_size", type=count, default=224, help="side of the square input in pixels")
     data.add_bool("skip_broken", False, "leave unreadable pictures out instead of stopping")
