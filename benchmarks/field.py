@@ -28,7 +28,8 @@ from utils.scoring.retrieval import RECALLS
 RECIPES = tuple(name for name in recipes.RECIPES if name != "demo")  # whose lengths are those of one short run
 GRADIENTS = {"exact": 1, "TESLA": 0}
 TRIAL = 5  # iterations that tell the pace
-PROTOCOL = {"epoch_eval_train": 100, "batch_train": 128}  # of the networks of every cell, while it runs and at last
+# Of the networks of every cell, while it runs and at last.
+PROTOCOL = {"epoch_eval_train": 100, "batch_train": 128, "temperature": 0.07}
 LOOKS = 4  # evaluations on validation, beside the one at the start
 # Settings that change with the number of pairs: as published for Flickr30K by LoRS, RepBlend and PTM-ST, and what was
 # found for `heads` (docs/notebook/outer-optimizers.md).

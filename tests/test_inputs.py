@@ -675,7 +675,7 @@ PARTS = {
         (text("data/tiny_train.json", "[3]"), "", "tiny_train.json row 1"),
         (text("data/tiny_train.json", DEEP), "", "tiny_train.json"),
         (text("data/tiny_train.json", f"[{LONG}]"), "", "tiny_train.json"),
-        (lambda: Path("data/tiny_train.json").rename("data/tiny.csv"), "", "tiny.csv"),
+        (lambda: Path("data/tiny_train.json").rename("data/tiny.csv").write_text("a,b\n1,2\n"), "", "tiny.csv"),
         (
             tensors("weights.safetensors", **{"stem.conv1.weight": None}),
             "--image_checkpoint weights.safetensors",
