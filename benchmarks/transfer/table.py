@@ -80,5 +80,6 @@ def draw_shares(cells: list[dict], path: Path) -> None:
             )
         axes.set_xticks([place + 0.4 - 0.4 / len(names) for place in range(len(encoders))], encoders)
         axes.set(title=f"text encoder {Path(text_encoder).name}", ylabel="share of experts on all data", ylim=(0, 1))
-    axes.legend(title="hatched: took no part", ncols=3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, title="hatched: took no part", ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=150)
