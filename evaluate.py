@@ -51,7 +51,7 @@ from utils.scoring import (
     mean_text,
     row_of_set,
 )
-from utils.sets import SynSet, check_new_folder, last_names, shown_command, shown_path
+from utils.sets import SynSet, check_new_folder, shown_command, shown_path, shown_text_encoder
 from utils.setup import (
     export,
     find_device,
@@ -315,8 +315,9 @@ def write_tables(rows: list[dict], args) -> None:
     """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
     networks = f"mean ± std over {args.num_eval} networks per set"
     views = f", a picture in one of {args.eval_views + 1} views an epoch" if args.eval_views else ""
-    trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train}{views} ({args.protocol})"
-    text_encoder = last_names(args.text_encoder, always=Path(args.text_encoder).expanduser().is_dir())
+    how = f"in batches of {args.batch_train}{views} at a temperature of {args.temperature:g}"
+    trained = f"{args.epoch_eval_train} epochs {how} ({args.protocol})"
+    text_encoder = shown_text_encoder(args.text_encoder)
     head = f"{args.dataset} test, text encoder {text_encoder}, {networks}, each trained {trained}"
     names = shown_sets(rows)  # what is written may be given away: it names no place of this machine
     rows = [{**row, "set": names[row["set"]]} for row in rows]

@@ -47,10 +47,9 @@ def load_set(path: str) -> SynSet:
 def check_settings(args, parser: Parser) -> None:
     """Raises InputError if a set, which may be a stranger's, has settings that the flags of their names refuse."""
     for path in args.synset:
-        settings = load_set(path).settings
-        problems = (f"{key} {ascii(settings[key])}: {_problem(key, settings[key], args, parser)}" for key in settings)
-        if wrong := next((problem for problem in problems if not problem.endswith(": None")), None):
-            raise InputError(f"{path} has among its settings {wrong}; make it again")
+        for key, value in load_set(path).settings.items():
+            if problem := _problem(key, value, args, parser):
+                raise InputError(f"{path} has among its settings {key} {ascii(value)}: {problem}; make it again")
 
 
 def _problem(key: str, value, args, parser: Parser) -> str | None:

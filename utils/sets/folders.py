@@ -55,11 +55,20 @@ def without_paths(settings: dict) -> dict:
         if key in PATHS and _names_a_file(value):
             left_out[key] = last_names(value, always=True) if key == "image_checkpoint" else None
         elif key != LEFT_OUT:
-            is_folder = key == "text_encoder" and Path(value).expanduser().is_dir()
-            kept[key] = last_names(value, always=is_folder)
+            is_folder = key == "text_encoder" and _is_folder(value)
+            kept[key] = shown_text_encoder(value) if is_folder else last_names(value)
             if kept[key] != value or is_folder:
                 left_out[key] = kept[key]
     return {**kept, LEFT_OUT: left_out}
+
+
+def shown_text_encoder(name: str) -> str:
+    """A text encoder as pages for others name it: of a folder the last name."""
+    return last_names(name, always=_is_folder(name))
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
 
 
 def shown_path(path: str | Path) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from utils.report.folder import read_known
-from utils.sets import SynSet, export_released, export_sets, last_names, share_out_of_range
+from utils.sets import SynSet, export_released, export_sets, share_out_of_range, shown_text_encoder
 
 
 def export(synsets: dict[str, SynSet], args, rows: list[dict] = ()) -> None:
@@ -29,7 +29,7 @@ def export(synsets: dict[str, SynSet], args, rows: list[dict] = ()) -> None:
     by_name = {Path(path).stem: synset for path, synset in synsets.items()}
     if len(by_name) < len(synsets):  # one would overwrite the other
         raise InputError(f"--export {args.export} names sub-folders after files, two of which have one name; rename it")
-    text_encoder = last_names(args.text_encoder, always=Path(args.text_encoder).expanduser().is_dir())
+    text_encoder = shown_text_encoder(args.text_encoder)
     scores = {
         Path(path).stem: [{"text_encoder": text_encoder, **row} for row in rows if row["set"] == path]
         or _scores_of_run(Path(path), synset)
