@@ -1,4 +1,4 @@
-"""Two hundred wrong inputs: each ends with exit code 2 and one line that names it, and leaves nothing behind."""
+"""Over five hundred wrong inputs: each ends with exit code 2 and one line that names it, and leaves nothing behind."""
 
 import json
 import math
