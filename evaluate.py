@@ -313,10 +313,9 @@ def shown_sets(rows: list[dict]) -> dict[str, str]:
 
 def write_tables(rows: list[dict], args) -> None:
     """Prints the table and how the sets compare; writes the table to --markdown and its numbers to --json."""
-    networks = f"mean ± std over {args.num_eval} networks per set"
+    networks = f"mean ± std over {args.num_eval} networks per set, temperature {args.temperature:g}"
     views = f", a picture in one of {args.eval_views + 1} views an epoch" if args.eval_views else ""
-    how = f"in batches of {args.batch_train}{views} at a temperature of {args.temperature:g}"
-    trained = f"{args.epoch_eval_train} epochs {how} ({args.protocol})"
+    trained = f"{args.epoch_eval_train} epochs in batches of {args.batch_train}{views} ({args.protocol})"
     text_encoder = shown_text_encoder(args.text_encoder)
     head = f"{args.dataset} test, text encoder {text_encoder}, {networks}, each trained {trained}"
     names = shown_sets(rows)  # what is written may be given away: it names no place of this machine

@@ -113,7 +113,7 @@ def test_a_tables_protocol_is_that_of_its_distilled_sets_in_any_order(sets, tmp_
         path = tmp_path / f"{number}.json"
         assert evaluate.main([*sets(*names), "--json", str(path)]) == 0
         found.append(protocol(path))
-        assert "each trained 3 epochs in batches of 4 at a temperature of 0.07 (as " in capsys.readouterr().out
+        assert "temperature 0.1, each trained 3 epochs in batches of 4 (as " in capsys.readouterr().out
     assert found[0] == found[1] and found[0][0] == [3, 4, 0.1, 0]
 
 
