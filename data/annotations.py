@@ -92,7 +92,7 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
         path = _download(own[0])
     if path is None:
         if not root.is_dir():
-            raise InputError(f"no annotation folder {root}; give it with --ann_root, or with --image_root if it has both")
+            raise InputError(f"no annotation folder {root}; give it with --ann_root, or with both in --image_root")
         names = ", ".join([*(candidate.name for candidate in candidates), *_usual_names(dataset, stem)])
         any_form = "" if dataset in PUBLISHED else ", any one csv, tsv or jsonl, a text file beside each picture"
         raise InputError(
