@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.forms import parse_json
+from data.whole import clear_leftovers
 from utils import ranks
 
 ID_FILE = "wandb_run_id"
@@ -70,6 +71,7 @@ class Log:
         self.folder, self.aside = folder, Aside()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder)
             self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:

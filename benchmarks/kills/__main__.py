@@ -94,7 +94,9 @@ class Bench:
         codes, problem = [], ""
         with mounted(folder, way, room) as make_room:
             try:
-                ended = run(case.main, case.argv(self.base, folder), folder, self.base / "printed", case.ranks, stop, victim)
+                ended = run(
+                    case.main, case.argv(self.base, folder), folder, self.base / "printed", case.ranks, stop, victim
+                )
                 codes = [one.code for one in ended]
                 check_end(ended, way, victim)
                 contents(folder)
@@ -198,7 +200,9 @@ def table(trials: list[dict]) -> str:
         counts[key] += 1
         within[key] += any(trial["codes"]) or not trial["codes"]
         wrong[key] += bool(trial["problem"])
-    lines += [f"| {case} | {way} | {n} | {within[case, way]} | {wrong[case, way]} |" for (case, way), n in counts.items()]
+    lines += [
+        f"| {case} | {way} | {n} | {within[case, way]} | {wrong[case, way]} |" for (case, way), n in counts.items()
+    ]
     lines.append(f"| all | | {len(trials)} | {sum(within.values())} | {sum(wrong.values())} |")
     return "\n".join(lines) + "\n"
 

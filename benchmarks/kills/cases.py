@@ -23,7 +23,7 @@ DISTILL = (
     "--epoch_eval_train 2 --lr_img 10 --lr_txt 1 --lr_lr 1e-4 --lr_teacher_img 0.01 --disabled_wandb"
 )
 HEADS = "--image_trainable False --only_has_image_projection"
-TWO = "--image_encoder test_nfnet test_resnet --image_checkpoint none none --no_image_pretrained"
+TWO = f"{HEADS} --image_encoder test_nfnet test_resnet --image_checkpoint none none --no_image_pretrained"
 # What names a run and not its numbers.
 OF_THE_RUN = {"resume", "save_dir", "Seconds", "seconds", "command"}
 
@@ -129,7 +129,10 @@ def _tensors(path: Path, run: str):
     with safe_open(path, "pt") as file:
         metadata = {key: _json(value, run) for key, value in sorted((file.metadata() or {}).items())}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
-    return metadata, {name: (str(t.dtype), t.shape, t.flatten().view(torch.uint8).numpy().tobytes() if t.dim() else t.item()) for name, t in sorted(tensors.items())}
+    return metadata, {
+        name: (str(t.dtype), t.shape, t.flatten().view(torch.uint8).numpy().tobytes() if t.dim() else t.item())
+        for name, t in sorted(tensors.items())
+    }
 
 
 def _json(text: str, run: str):
@@ -146,7 +149,7 @@ def _lines(path: Path, run: str) -> dict:
     """The last numbers of each step of metrics.jsonl; a resumed run repeats some."""
     text = path.read_text()
     lines = [_json(line, run) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return {(line["step"], *sorted(line)): line for line in lines}
+    return {(line.get("step", n), *sorted(line)): line for n, line in enumerate(lines)}
 
 
 def _page(path: Path, run: str) -> str:

@@ -66,7 +66,13 @@ def run(main: Callable, argv: list[str], folder: Path, printed: Path, ranks: int
     for rank in range(ranks):
         own = names | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         ends = stop if rank == victim else None
-        pids[_fork(lambda ends=ends, note=printed / f"{rank}.told": _watched(main, argv, folder, ends, note), printed / str(rank), own)] = rank
+        pids[
+            _fork(
+                lambda ends=ends, note=printed / f"{rank}.told": _watched(main, argv, folder, ends, note),
+                printed / str(rank),
+                own,
+            )
+        ] = rank
     processes = list(pids)
     if stop and stop.seconds is not None:
         _sleep_or_end(pids, stop.seconds)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from data.errors import InputError
+from data.whole import is_gone
 
 
 class ExpertLocks:
@@ -97,13 +98,7 @@ def _is_gone(holder: dict) -> bool:
         return False
     if holder["process"] == os.getpid():  # a number used again: what this process holds it does not ask for
         return True
-    try:
-        os.kill(holder["process"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return False
+    return is_gone(holder["process"])
 
 
 def _take_away(path: Path, holder: dict) -> bool:
