@@ -94,15 +94,13 @@ class Bench:
         codes, problem = [], ""
         with mounted(folder, way, room) as make_room:
             try:
-                ended = run(
-                    case.main, case.argv(self.base, folder), folder, self.base / "printed", case.ranks, stop, victim
-                )
+                ended = self._run(case, folder, stop, victim)
                 codes = [one.code for one in ended]
                 check_end(ended, way, victim)
                 contents(folder)
                 make_room()
                 if not case.is_done(folder):
-                    again = run(case.main, case.argv(self.base, folder), folder, self.base / "printed", case.ranks)
+                    again = self._run(case, folder)
                     assert [one.code for one in again] == [0] * case.ranks, f"again: {again[0].err.strip()[-400:]}"
                 compare(contents(folder), expected)
                 assert not leftovers(folder), f"left behind: {', '.join(leftovers(folder))}"
@@ -112,6 +110,10 @@ class Bench:
                     shutil.copytree(folder, Path(tempfile.mkdtemp(prefix="kills_kept_")) / "run")
         named = {key: value for key, value in asdict(stop).items() if value is not None}
         return {"stop": named | ({"room": room} if way == "disk is full" else {}), "codes": codes, "problem": problem}
+
+    def _run(self, case: Case, folder: Path, stop: Stop | None = None, victim: int = 0) -> list:
+        argv = case.argv(self.base, folder)
+        return run(case.main, argv, folder, self.base / "printed", case.ranks, stop, victim)
 
     def _whole(self, case: Case) -> tuple:
         """What the command leaves in one piece; its seconds, file operations and bytes."""
@@ -200,9 +202,7 @@ def table(trials: list[dict]) -> str:
         counts[key] += 1
         within[key] += any(trial["codes"]) or not trial["codes"]
         wrong[key] += bool(trial["problem"])
-    lines += [
-        f"| {case} | {way} | {n} | {within[case, way]} | {wrong[case, way]} |" for (case, way), n in counts.items()
-    ]
+    lines += [f"| {' | '.join(key)} | {n} | {within[key]} | {wrong[key]} |" for key, n in counts.items()]
     lines.append(f"| all | | {len(trials)} | {sum(within.values())} | {sum(wrong.values())} |")
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import safe_open
 
@@ -15,6 +14,7 @@ import buffer
 import distill
 import evaluate
 from data.demo import make_demo
+from utils.files import tensor_bytes
 
 WEIGHTS = Path(__file__).parents[2] / "networks/demo_nfnet.safetensors"
 BUFFER = "--train_epochs 3 --batch_size_train 30 --lr_teacher_img 0.01 --num_experts 2 --disabled_wandb"
@@ -125,14 +125,12 @@ def is_leftover(path: Path) -> bool:
     return any(part.startswith(".") and len(part) > 2 for part in path.parts[-2:]) or path.suffix == ".lock"
 
 
-def _tensors(path: Path, run: str):
+def _tensors(path: Path, run: str) -> tuple[dict, dict]:
+    """Metadata, and the type, shape and bytes of each tensor."""
     with safe_open(path, "pt") as file:
-        metadata = {key: _json(value, run) for key, value in sorted((file.metadata() or {}).items())}
+        metadata = {key: _json(value, run) for key, value in (file.metadata() or {}).items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
-    return metadata, {
-        name: (str(t.dtype), t.shape, t.flatten().view(torch.uint8).numpy().tobytes() if t.dim() else t.item())
-        for name, t in sorted(tensors.items())
-    }
+    return metadata, {name: (t.dtype, t.shape, tensor_bytes(t).tobytes()) for name, t in tensors.items()}
 
 
 def _json(text: str, run: str):

@@ -1,6 +1,7 @@
 """Commands as processes that are forked off one which has imported all, and that end when they are told to."""
 
 import contextlib
+import functools
 import importlib
 import os
 import resource
@@ -65,14 +66,9 @@ def run(main: Callable, argv: list[str], folder: Path, printed: Path, ranks: int
     pids = {}
     for rank in range(ranks):
         own = names | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        ends = stop if rank == victim else None
-        pids[
-            _fork(
-                lambda ends=ends, note=printed / f"{rank}.told": _watched(main, argv, folder, ends, note),
-                printed / str(rank),
-                own,
-            )
-        ] = rank
+        ends, note = stop if rank == victim else None, printed / f"{rank}.told"
+        call = functools.partial(_watched, main, argv, folder, ends, note)
+        pids[_fork(call, printed / str(rank), own)] = rank
     processes = list(pids)
     if stop and stop.seconds is not None:
         _sleep_or_end(pids, stop.seconds)
