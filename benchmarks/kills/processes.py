@@ -146,14 +146,9 @@ def _watched(main: Callable, argv: list[str], folder: Path, stop: Stop | None, n
         resource.setrlimit(resource.RLIMIT_AS, (before + stop.memory, resource.RLIM_INFINITY))
     code = main(argv)
     if stop is None:
-        note.write_text("\n".join([str(counted[0]), str(max(0, _mapped("VmPeak") - before)), *sys.modules]))
+        note.write_text(f"{counted[0]} {max(0, _mapped('VmPeak') - before)}")
+        note.with_name("modules").write_text("\n".join(sys.modules))
     return code
-
-
-def told(printed: Path) -> tuple[int, int, list[str]]:
-    """Of the last run that was not stopped: operations on files, bytes beside those of the start, modules."""
-    events, memory, *modules = (printed / "0.told").read_text().splitlines()
-    return int(events), int(memory), modules
 
 
 def _mapped(name: str) -> int:
