@@ -119,7 +119,7 @@ def test_steps_that_a_killed_run_logged_already(started, tmp_path):
     for step in range(58):
         log({"loss": step}, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 58, "lo\n')
+        file.write('{"step": 58, "lo')
     log = Log(tmp_path, {})
     for step in range(50, 61):
         log({"loss": step}, step)
