@@ -76,12 +76,12 @@ class Bench:
     """Data, experts and the runs in one piece, made when they are first asked for, in `base`."""
 
     def __init__(self, base: Path):
-        self.base, self.whole, self.made = base, {}, set()
-        self._in_one_piece("data", lambda _: make_data(base) or 0, [], 1)
+        self.base, self.whole = base, {}
+        run(lambda _: make_data(base), [], base, base / "printed")
 
     def trial(self, case: Case, way: str, draw: random.Random, keep: bool = False) -> dict:
         """Ends the command, runs it again, compares: the moment, how it ended, and what was wrong or ""."""
-        expected, seconds, told = self._whole(case)
+        expected, seconds, told = self._in_one_piece(case)
         folder = self.base / "run"
         stop, victim = Stop(), draw.randrange(case.ranks)
         events, memory = told[victim]
@@ -116,33 +116,21 @@ class Bench:
         argv = case.argv(self.base, folder)
         return run(case.main, argv, folder, self.base / "printed", case.ranks, stop, victim)
 
-    def told(self, ranks: int) -> list[list[int]]:
-        """Operations on files, and bytes beside those of the start, of each process of the last run in one piece."""
-        return [[*map(int, (self.base / f"printed/{rank}.told").read_text().split())] for rank in range(ranks)]
-
-    def _whole(self, case: Case) -> tuple:
-        """What the command leaves in one piece; its seconds, and `told` of it."""
+    def _in_one_piece(self, case: Case) -> tuple[dict, float, list]:
+        """What the command leaves; its seconds; of each process its operations on files, and bytes beside the first."""
         if case.name not in self.whole:
-            for name, (script, flags) in BEFORE.items():
-                if f"{{base}}/{name}" in case.flags or name == "whole":
-                    self._in_one_piece(name, script, Case(name, script, flags).argv(self.base, self.base / name), 1)
-            folder = self.base / case.folder
-            # Twice: only with all imported it takes the time that it will.
-            for _ in range(2):
+            for name in (name for name in BEFORE if f"{{base}}/{name}" in case.flags):
+                self._in_one_piece(BEFORE[name])
+            folder, is_new = self.base / case.folder, True
+            while is_new:  # only with all imported it takes the time that it will
                 shutil.rmtree(folder, ignore_errors=True)
-                self.made.discard(case.folder)
-                whole = self._in_one_piece(case.folder, case.main, case.argv(self.base, folder), case.ranks)
-            self.whole[case.name] = contents(folder), whole[0].seconds, self.told(case.ranks)
+                folder.mkdir()
+                ended = self._run(case, folder)
+                assert [one.code for one in ended] == [0] * case.ranks, f"{case.name}: {ended[0].err[-1000:]}"
+                is_new = warm((self.base / "printed/modules").read_text().splitlines()) and case.name not in BEFORE
+            told = [(self.base / f"printed/{rank}.told").read_text().split() for rank in range(case.ranks)]
+            self.whole[case.name] = contents(folder), ended[0].seconds, [[*map(int, numbers)] for numbers in told]
         return self.whole[case.name]
-
-    def _in_one_piece(self, name: str, script, argv: list[str], ranks: int) -> list | None:
-        if name in self.made:
-            return None
-        self.made.add(name)
-        ended = run(script, argv, self.base / name, self.base / "printed", ranks)
-        assert [one.code for one in ended] == [0] * ranks, f"{name}: {ended[0].err[-1000:]}"
-        warm((self.base / "printed/modules").read_text().splitlines())
-        return ended
 
 
 def check_end(ended: list, way: str, victim: int) -> None:

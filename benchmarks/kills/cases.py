@@ -59,7 +59,7 @@ class Case:
 
 OWN_BUFFER = "--buffer_path {run}/buffers --cache_dir {run}/cache"
 OWN_RUN = "--cache_dir {base}/cache --save_dir {run}/distilled"
-SETS = "--synset {base}/set/distilled/best.safetensors --num_workers 0"
+SCORED = "distilled/best.safetensors --num_workers 0 --json {run}/numbers.json"
 CASES = (
     Case("buffer.py", buffer.main, f"{BUFFER} {OWN_BUFFER} --cache_images"),
     Case("buffer.py, heads, a worker", buffer.main, f"{BUFFER} {OWN_BUFFER} {HEADS} --aug_views 2 --num_workers 1"),
@@ -73,19 +73,20 @@ CASES = (
     Case(
         "evaluate.py, all outputs",
         evaluate.main,
-        f"{SETS} --json {{run}}/numbers.json --markdown {{run}}/table.md --report {{run}}/page.html --num_eval 2",
+        f"--synset {{base}}/set/{SCORED} --markdown {{run}}/table.md --report {{run}}/page.html --num_eval 2",
     ),
-    Case("evaluate.py, export", evaluate.main, f"{SETS} --export {{run}}/export --json {{run}}/numbers.json"),
+    Case("evaluate.py, export", evaluate.main, f"--synset {{base}}/of_heads/{SCORED} --export {{run}}/export"),
     Case("buffer.py, two ranks", buffer.main, f"{BUFFER} {OWN_BUFFER}", ranks=2, lacks_lines=True),
     Case("distill.py, two ranks", distill.main, f"{DISTILL} {OWN_RUN} --buffer_path {{base}}/whole --no_report", 2),
-    Case("evaluate.py, two ranks", evaluate.main, f"{SETS} --json {{run}}/numbers.json --num_eval 2", ranks=2),
+    Case("evaluate.py, two ranks", evaluate.main, f"--synset {{base}}/set/{SCORED} --num_eval 2", ranks=2),
 )
-# What they need: by the folder of {run}.
+# What they need: by the name of the folder in `{base}`.
 BEFORE = {
-    "whole": (buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache"),
-    "heads": (buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache {HEADS}"),
-    "two": (buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache {TWO}"),
-    "set": (distill.main, f"{DISTILL} {OWN_RUN} --buffer_path {{base}}/whole"),
+    "whole": Case("whole", buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache"),
+    "heads": Case("heads", buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache {HEADS}"),
+    "two": Case("two", buffer.main, f"{BUFFER} --buffer_path {{run}} --cache_dir {{base}}/cache {TWO}"),
+    "set": Case("set", distill.main, f"{DISTILL} {OWN_RUN} --buffer_path {{base}}/whole --no_report"),
+    "of_heads": Case("of_heads", distill.main, f"{DISTILL} {OWN_RUN} {HEADS} --buffer_path {{base}}/heads --no_report"),
 }
 
 

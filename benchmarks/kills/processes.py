@@ -94,11 +94,13 @@ def run(main: Callable, argv: list[str], folder: Path, printed: Path, ranks: int
     return [ended[rank] for rank in range(ranks)]
 
 
-def warm(modules: list[str]) -> None:
-    """Imports what a run imported, so that those forked from here on need not."""
-    for name in modules:
+def warm(modules: list[str]) -> bool:
+    """Imports what a run imported, so that those forked from here on need not; says whether that was much."""
+    new = [name for name in modules if name not in sys.modules]
+    for name in new:
         with contextlib.suppress(Exception):  # some are made by their packages
             importlib.import_module(name)
+    return len(new) > 20
 
 
 def _fork(call: Callable[[], int], printed: Path, names: dict[str, str]) -> int:
@@ -127,7 +129,7 @@ def _fork(call: Callable[[], int], printed: Path, names: dict[str, str]) -> int:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        os._exit(code or 0)  # main of a script gives a number, or raises SystemExit with one
 
 
 def _watched(main: Callable, argv: list[str], folder: Path, stop: Stop | None, note: Path) -> int:
