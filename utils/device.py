@@ -6,7 +6,7 @@ import torch
 
 # In place of an OutOfMemoryError, near a GPU's limit: of cudnn, cublas, pinned memory of the host.
 MEMORY_ERRORS = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
-# Of torch's allocator, of C++, of oneDNN (could not create, or execute, a primitive), and where a thread finds no room for its stack.
+# Of torch's allocator, of C++, of oneDNN (which could not create, or execute, one), of a thread's stack.
 HOST_MEMORY_ERRORS = ("can't allocate memory", "bad_alloc", "a primitive", "can't start new thread")
 
 
