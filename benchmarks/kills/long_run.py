@@ -28,8 +28,8 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory(prefix="long_run_") as folder:
         base = Path(folder)
         run(lambda _: make_data(base), [], base, base / "printed")
-        run(BEFORE["whole"].main, BEFORE["whole"].argv(base, base / "whole"), base, base / "printed")
-        looks = watched(base, CASES[2], args.iterations)
+        run(BEFORE["heads"].main, BEFORE["heads"].argv(base, base / "heads"), base, base / "printed")
+        looks = watched(base, CASES[3], args.iterations)
     print("| iterations | memory, MB | open files | CPU time an iteration, ms |\n|---|---|---|---|")
     ends = [part * args.iterations // PARTS for part in range(PARTS + 1)]
     for first, last in pairwise(ends):
@@ -56,7 +56,9 @@ def watched(base: Path, case: Case, iterations: int) -> list[tuple[int, int, int
             memory = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
             seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-            looks.append((steps, memory, len(list((process / "fd").iterdir())), seconds))
+            files = len(list((process / "fd").iterdir()))
+            if memory:  # none is left of a process that has ended
+                looks.append((steps, memory, files, seconds))
         time.sleep(PACE)
     assert os.waitpid(pid, 0)[1] == 0, "distill.py ended with an error"
     return looks
