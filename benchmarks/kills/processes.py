@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events: what a run does to its files
-PATIENCE = 60  # seconds until a process that was told to end is killed, and counts as one that hangs
+PATIENCE = 240  # seconds until a process that was told to end is killed, and counts as one that hangs
 
 
 @dataclass
