@@ -21,7 +21,7 @@ from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
 from networks.loss import PairLoss
 from utils.sets import Pairs
-from utils.student import StudentLoss, matching_gradient
+from utils.student import LEAST, StudentLoss, matching_gradient
 
 # What a `Problem` takes besides device and sizes, where nothing else is asked for.
 PLAIN = {"lr_img": 0.01, "lr_txt": 0.01, "temperature": 0.07, "lora_rank": None, "lora_layers": "attn", "heads": False}
@@ -75,10 +75,10 @@ class Problem:
         self.pairs = Pairs(images, noise(num_pairs, args.text_dim), *rates)
         self.bytes = sum(value.nbytes for value in self.start.values())
 
-    def ours(self, steps: int, pair_chunk=None) -> list[torch.Tensor]:
+    def ours(self, steps: int, pair_chunk=None, keep=LEAST) -> list[torch.Tensor]:
         batches = [torch.arange(len(self.pairs.image_syn))] * steps
         arguments = self.loss_fn, self.start, self.target, self.pairs, batches, 0, pair_chunk
-        return list(matching_gradient(*arguments).gradient.tensors())
+        return list(matching_gradient(*arguments, keep=keep).gradient.tensors())
 
     def unroll(self, steps: int) -> list[torch.Tensor]:
         """The gradient by keeping everything."""
