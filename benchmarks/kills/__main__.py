@@ -85,7 +85,7 @@ class Bench:
         folder = self.base / "run"
         stop, victim = Stop(), draw.randrange(case.ranks)
         events, memory = told[victim]
-        if way in SIGNALS and draw.random() < 0.5:
+        if way in SIGNALS and (draw.random() < 0.5 or not events):
             stop = Stop(SIGNALS[way], seconds=draw.uniform(0.02, seconds))
         elif way in SIGNALS:
             stop = Stop(SIGNALS[way], event=draw.randint(1, events))
