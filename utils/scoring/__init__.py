@@ -19,7 +19,7 @@ from utils.scoring.evaluation import (
     evaluate_synset,
     look_epochs,
 )
-from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, pair_features
+from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once
 from utils.scoring.retrieval import (
     evaluate_retrieval,
     nearest_captions,

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,33 +22,6 @@ from utils.files import open_tensors, save_tensors, tensor_bytes
 
 KIND = "image features"
 VIEW_SEED = 0  # of the augmented views
-
-
-def pair_features(kind: str, image_embed: Tensor | None, text_embed: Tensor | None, row_to_image: Tensor) -> Tensor:
-    """Features of the pairs, one row per caption.
-
-    Args:
-        kind: "image" [N, D_img], "text" [N, D_text], or "joint" [N, D_img + D_text], both next to each other.
-            Each modality is L2-normalised by itself, so all rows have one norm and both weigh the same.
-        image_embed: [P, D_img], one row per picture; not needed for "text".
-        text_embed: [N, D_text]; not needed for "image".
-        row_to_image: [N].
-
-    Raises:
-        InputError: an encoder gave features that are not finite.
-    """
-    parts = []
-    if kind in ("image", "joint"):
-        parts.append(F.normalize(_finite(image_embed, "image"), dim=-1)[row_to_image])
-    if kind in ("text", "joint"):
-        parts.append(F.normalize(_finite(text_embed, "text"), dim=-1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _finite(embed: Tensor, name: str) -> Tensor:
-    if not torch.isfinite(embed).all():
-        raise InputError(f"the {name} encoder gives features that are not finite; use another encoder or --features")
-    return embed
 
 
 def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, device, cache_dir) -> Tensor:
