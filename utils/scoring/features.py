@@ -31,9 +31,8 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     Read from `cache_dir` if the same encoder saw the same files before, by weights, names, sizes and times.
     A damaged cache file is made anew and a folder that cannot be written to is no error: one printed line.
     """
-    return _cached(
-        lambda: _encode(paths, encoder, image_size, batch_size, device), f"{image_size}", paths, encoder, cache_dir
-    )
+    path = feature_cache_path(paths, encoder, image_size, 0, cache_dir)
+    return _cached(path, lambda: _encode(paths, encoder, image_size, batch_size, device), (len(paths), encoder.width))
 
 
 def embedded_once(retrieval, factory, batch_size: int, cache_dir):
@@ -72,12 +71,17 @@ def embed_views(
         dataset = PictureViews(paths, train_transform(image_size), views)
         return _encode_views(dataset, encoder, batch_size, num_workers, device).view(views, len(paths), -1)
 
-    return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir, (views,))
+    path = feature_cache_path(paths, encoder, image_size, views, cache_dir)
+    return _cached(path, make, (views, len(paths), encoder.width))
 
 
-def _cached(make, rule: str, paths, encoder, cache_dir, views: tuple = ()) -> Tensor:
-    path = Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
-    shape = (*views, len(paths), encoder.width)
+def feature_cache_path(paths: list[Path], encoder, image_size: int, views: int, cache_dir: str | Path) -> Path:
+    """The file of `embed_views`, without views that of `embed_images`, whether it is there or not."""
+    rule = f"{image_size} {views} views, seed {VIEW_SEED}" if views else f"{image_size}"
+    return Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
+
+
+def _cached(path: Path, make: Callable, shape: tuple) -> Tensor:
     if ranks.gather(path.exists())[0]:
         try:
             return _checked(path, open_tensors(path, KIND, tensors=("image_embed",))[0], shape)
