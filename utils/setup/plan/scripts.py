@@ -45,7 +45,7 @@ def plan_coreset(args, choose: Callable | None) -> None:
     elif choose is not None:
         caches += [] if args.features == "text" else [plan.read.features("train", name)]
         taken = choice_seconds(choose, real, (factory.encoder.width, factory.text_dim), args)
-        print(f"the choice by {args.method}: {taken:,.3g} s, by a trial on a part of the pairs")
+        print(f"the choice by {args.method}: {duration(taken)}, by a trial on a part of the pairs")
         hours.append(taken)
     plan.caches(caches)
     plan.end(caches, hours)
@@ -67,7 +67,7 @@ def plan_distillation(args) -> None:
     evaluations = len({*range(0, args.Iteration, args.eval_it), args.Iteration}) + 1  # the last one on test
     more = f" and {fit} more to fit the first rates" if fit else ""
     print(f"an iteration: {of_iteration:.3g} s; {args.Iteration:,} of them{more}")
-    print(f"an evaluation: {of_evaluation:.3g} s; {evaluations:,} of them")
+    print(f"an evaluation: {duration(of_evaluation)}; {evaluations:,} of them")
     taken = [(args.Iteration + fit) * of_iteration, evaluations * of_evaluation]
     plan.end(caches, taken, also_held=2 * trial.segment_bytes())  # those of the next iteration are read meanwhile
 
@@ -94,7 +94,7 @@ class Plan:
         """Seconds of so many epochs, after a line on them."""
         steps = -(-len(self.read.pairs["train"]) // self.args.batch_size_train)
         of_epoch = steps * of_step + recall
-        print(f"training over {name}: {of_step:.3g} s a step, {of_epoch:,.3g} s an epoch; {epochs:,} epochs")
+        print(f"training over {name}: {of_step:.3g} s a step, {duration(of_epoch)} an epoch; {epochs:,} epochs")
         return epochs * of_epoch
 
     def caches(self, caches: list[Cache]) -> None:
@@ -115,8 +115,8 @@ class Plan:
             print(f"memory of the card: {gigabytes(torch.cuda.max_memory_allocated(self.device))} in the trial")
         made = self.encoding(caches)
         print(
-            f"in all: {(made + sum(taken)) / 3600:,.3g} hours, of which {made / 3600:,.3g} encode what is not cached; "
-            "without reading and decoding pictures"
+            f"in all: about {duration(made + sum(taken))}, {duration(made)} of it to encode what is not cached; "
+            "without the time to read and decode pictures"
         )
 
     def encoding(self, caches: list[Cache]) -> float:
@@ -147,6 +147,14 @@ def trajectory_bytes(factory: ModelFactory, snapshots: int, snapshot_type: str) 
     first = sum(p.nbytes for name, p in named.items() if not (shared and name.startswith("image_encoder.")))
     later = sum(p.nbytes for p in named.values()) // (2 if snapshot_type == "fp16" else 1)
     return first + (snapshots - 1) * later
+
+
+def duration(taken: float) -> str:
+    """Of seconds."""
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if taken >= 2 * unit:
+            return f"{taken / unit:,.1f} {name}"
+    return f"{taken:.3g} s"
 
 
 def gigabytes(size: float) -> str:

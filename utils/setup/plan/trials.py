@@ -99,7 +99,7 @@ def expert_seconds(factory: ModelFactory, pairs: dict[str, PairDataset], args, l
 
 
 def choice_seconds(choose: Callable, real: PairDataset, widths: tuple[int, int], args) -> float:
-    """Of a coreset's choice: choose(features, row_to_image, text_embed), whose time grows in proportion to the pairs."""
+    """Of a coreset's choice, choose(features, row_to_image, text_embed), whose time is in proportion to the pairs."""
     pictures = min(len(real.paths), max(args.num_queries, len(real.paths) // CHOICE_SHARE))
     groups = real.row_to_image[real.row_to_image < pictures]
     image_embed, text_embed = torch.randn(pictures, widths[0]), torch.randn(len(groups), widths[1])
@@ -120,7 +120,8 @@ class DistillationTrial:
         first.text_syn = torch.randn_like(first.text_syn)
         for rate in (first.syn_lr_img, first.syn_lr_txt):
             rate.fill_(RATE)
-        self.pairs, self.dictionary = first, self._dictionary(real, text_dim)
+        self.pairs = first
+        self.dictionary = self._dictionary(real, text_dim)
         seen = self.seen()
         self.students = [
             Student(args, backbone, pairs_of_encoder(seen, number), self.form)
