@@ -1,15 +1,5 @@
-"""A data set of COCO's size and what each script takes of it: seconds and memory of the host.
+"""Pictures, annotations and encoders of COCO's sizes, none of them COCO's."""
 
-    python -m benchmarks.coco_size --make FOLDER
-    python -m benchmarks.coco_size --measure FOLDER
-
-113,287 pictures of training with 566,747 captions; 5,000 with 25,010 for each of validation and test. Pictures are
-noise of 32 px, captions ten or eleven words drawn from the demo's. The encoders are as wide as BERT and nfnet_l0, 768
-and 2304, and small: a BERT without layers and timm's test_nfnet, both drawn at random. So the widths, on which memory
-depends, are real, and encoding is not what is measured.
-"""
-
-import argparse
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +21,13 @@ WIDE = {"num_features": 2304}  # of test_nfnet, as nfnet_l0 has
 TEXT_WIDTH = 768  # BERT's
 
 
-def make(folder: Path, share: float) -> None:
-    """Pictures, annotations and encoders; `share` of the pictures and captions of the training split."""
-    encoders(folder)
+def make(folder: Path, share: float = 1.0) -> None:
+    """Writes `pictures` and `annotations`, `share` of those of each split, and both encoders."""
+    _make_encoders(folder)
     draw, words = random.Random(0), _words()
     (folder / "annotations").mkdir(exist_ok=True)
     for split, (pictures, captions) in SIZES.items():
-        if split == "train":
-            pictures, captions = round(share * pictures), round(share * captions)
+        pictures, captions = round(share * pictures), round(share * captions)
         names = [f"{split}2014/COCO_{split}2014_{number:012d}.jpg" for number in range(pictures)]
         _draw_pictures(split, [folder / "pictures" / name for name in names])
         texts = [[] for _ in names]
@@ -50,7 +39,7 @@ def make(folder: Path, share: float) -> None:
         (folder / "annotations" / f"coco_karpathy_{split}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def encoders(folder: Path) -> None:
+def _make_encoders(folder: Path) -> None:
     """Encoders of the widths of nfnet_l0 and BERT that cost next to nothing."""
     (folder / "wide_bert").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -77,11 +66,3 @@ def _draw_pictures(split: str, paths: list[Path]) -> None:
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(draw, range(len(paths))))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--make", type=Path)
-    parser.add_argument("--share", type=float, default=1.0)
-    args = parser.parse_args()
-    make(args.make, args.share)
