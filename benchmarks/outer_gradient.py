@@ -21,7 +21,7 @@ from networks.image_encoder import build_image_encoder
 from networks.lora import Lora, add_lora
 from networks.loss import PairLoss
 from utils.sets import Pairs
-from utils.student import StudentLoss, matching_gradient
+from utils.student import LEAST, Keep, StudentLoss, matching_gradient
 
 # What a `Problem` takes besides device and sizes, where nothing else is asked for.
 PLAIN = {"lr_img": 0.01, "lr_txt": 0.01, "temperature": 0.07, "lora_rank": None, "lora_layers": "attn", "heads": False}
@@ -75,10 +75,10 @@ class Problem:
         self.pairs = Pairs(images, noise(num_pairs, args.text_dim), *rates)
         self.bytes = sum(value.nbytes for value in self.start.values())
 
-    def ours(self, steps: int, pair_chunk=None) -> list[torch.Tensor]:
+    def ours(self, steps: int, pair_chunk=None, keep=LEAST) -> list[torch.Tensor]:
         batches = [torch.arange(len(self.pairs.image_syn))] * steps
         arguments = self.loss_fn, self.start, self.target, self.pairs, batches, 0, pair_chunk
-        return list(matching_gradient(*arguments).gradient.tensors())
+        return list(matching_gradient(*arguments, keep=keep).gradient.tensors())
 
     def unroll(self, steps: int) -> list[torch.Tensor]:
         """The gradient by keeping everything."""
@@ -133,6 +133,8 @@ def measure(args, steps: int, num_pairs: int, rate: float) -> list[list[str]]:
     ways = {} if args.no_unroll else {"full unroll": lambda: plain.unroll(steps)}
     if not args.no_whole:
         ways["ours"] = lambda: lean.ours(steps)
+    for graphs in args.keep_graphs:
+        ways[f"ours, {graphs} graphs kept"] = lambda graphs=graphs: lean.ours(steps, keep=Keep(graphs))
     for chunk in args.pair_chunk:
         ways[f"ours, chunks of {chunk}"] = lambda chunk=chunk: lean.ours(steps, chunk)
     if args.heads and not args.no_unroll:
@@ -177,6 +179,7 @@ def parse_args(argv=None):
     add("--pairs", type=int, nargs="+", default=[16], help="numbers of pairs M, all of them in every step")
     add("--steps", type=int, nargs="+", default=[2, 4, 8], help="numbers of student steps T")
     add("--pair_chunk", type=int, nargs="*", default=[], help="chunk sizes to run besides")
+    add("--keep_graphs", type=int, nargs="*", default=[], help="numbers of last steps' graphs to keep, to run besides")
     add("--no_unroll", action="store_true", help="leave out what is compared with, where it takes too long")
     add("--no_whole", action="store_true", help="leave out all pairs at a time, where they do not fit")
     add(

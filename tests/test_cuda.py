@@ -10,7 +10,7 @@ from networks.lora import Lora
 from tests.card import CARD, NEEDS_CARD, fill_the_card, full_precision  # noqa: F401, a fixture for every test
 from tests.unroll import NAMES, Problem, check_chunks, relative_error, unroll_gradient
 from utils.forms import OPERATIONS, PictureForm, Pyramid, view_normalised
-from utils.matching import OutOfMemory, fit_pair_chunk, guarded
+from utils.matching import OutOfMemory, fit_room, guarded
 from utils.sets import Pairs, draw_batches
 from utils.student import matching_gradient, prepare, to_device
 
@@ -155,7 +155,7 @@ def test_chosen_chunk_keeps_to_the_share_of_memory(capsys):
     batches = draw_batches(num_pairs, num_pairs, 3, torch.Generator().manual_seed(0))
     for limit in (1e9, 2e9):
         with limited_to(limit):
-            chunk = fit_pair_chunk(problem.loss_fn, problem.start, pairs, num_pairs, momentum=0.9)
+            chunk = fit_room(problem.loss_fn, problem.start, pairs, num_pairs, 3, momentum=0.9).pair_chunk
             said = float(capsys.readouterr().out.split(" GB")[0].split()[-1])
             assert chunk is not None and said <= limit / 1e9
             torch.cuda.reset_peak_memory_stats(CARD)

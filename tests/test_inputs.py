@@ -533,6 +533,7 @@ PARTS = {
         (settings(image_size="big"), "", f"{SET} image_size big"),
         (settings(image_kwargs=[1]), "", f"{SET} image_kwargs"),
         (settings(image_kwargs={"checkpoint_path": "/x"}), "", f"{SET} image_kwargs checkpoint_path"),
+        (settings(image_kwargs={"x:pretrained_cfg_overlay": {"file": "/x"}}), "", f"{SET} image_kwargs x:pretrained"),
         (settings(image_trainable="maybe"), "", f"{SET} image_trainable maybe"),
         (settings(image_checkpoint=7), "", f"{SET} image_checkpoint 7"),
         (settings(lora_rank="two"), "", f"{SET} lora_rank two"),
@@ -762,6 +763,11 @@ def test_a_run_goes_on_beside_a_spoilt_log(here, command, capsys):
     Path("run/report.json").write_text("[]")
     assert distill.main(command("distill", f"{RESUME.replace('3', '2')}")) == 0
     assert load_synset("run/last.safetensors").settings["iteration"] == 2
+
+
+def test_a_set_may_say_how_its_encoder_normalises(here, command):
+    settings(image_kwargs={"pretrained_cfg_overlay": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1}})()
+    assert evaluate.main(command("evaluate", "")) == 0
 
 
 def test_features_of_another_run_are_made_anew(here, command, capsys):

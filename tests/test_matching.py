@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.measure import peak_memory
 from networks.clip_model import IMAGE, TEXT
 from networks.lora import Lora
 from tests.unroll import BATCH_SIZE, NAMES, NUM_PAIRS, Problem, check_chunks, relative_error, unroll_gradient
 from utils.sets import Pairs, draw_batches
-from utils.student import matching_gradient, matching_loss
+from utils.student import Keep, graph_bytes, matching_gradient, matching_loss
 
 NFNET = {"encoder": "test_nfnet"}
 VIT = {"encoder": "test_vit", "drop_path_rate": 0.2, "proj_drop_rate": 0.1}  # dropout in its image tower too
@@ -35,6 +36,29 @@ def test_gradient_equals_the_full_unroll(encoder, steps, request):
     assert relative_error(matching.loss, loss) < 1e-10
     for name in NAMES:
         assert relative_error(getattr(matching.gradient, name), getattr(expected, name)) < 1e-10, name
+
+
+# ---- graphs that are kept
+
+
+@pytest.mark.parametrize("graphs", [2, 3, 9])
+@pytest.mark.parametrize(("encoder", "student"), [("nfnet", {}), ("vit", {"momentum": 0.9, "adjoint_decay": 0.6})])
+def test_kept_graphs_change_no_bit(encoder, student, graphs, request):
+    arguments = request.getfixturevalue(encoder).arguments(3)
+    expected = matching_gradient(*arguments, **student)
+    found = matching_gradient(*arguments, **student, keep=Keep(graphs, params=True))
+    assert torch.equal(found.loss, expected.loss)
+    for name in NAMES:
+        assert torch.equal(getattr(found.gradient, name), getattr(expected.gradient, name)), name
+
+
+def test_a_kept_graph_takes_as_much_memory_as_is_said():
+    """Against the peak that torch's allocator tells, with one graph more; θ_t is there anyway, on a CPU."""
+    loss_fn, start, target, pairs, batches, seed = arguments = Problem(**NFNET).single().arguments(3)
+    cpu = torch.device("cpu")
+    one, two = (peak_memory(lambda k=k: matching_gradient(*arguments, keep=Keep(k)), cpu) for k in (1, 2))
+    params = sum(value.nbytes for value in start.values())
+    assert two - one == pytest.approx(graph_bytes(loss_fn, start, pairs, batches[0]) - params, rel=0.02)
 
 
 # ---- chunks of pairs

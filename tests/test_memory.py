@@ -4,11 +4,12 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import distill
 from data.errors import InputError
 from utils.experts import Trajectory
-from utils.matching.memory import OutOfMemory, free_memory, guarded, pair_chunk_advice, plan_pair_chunk
+from utils.matching.memory import OutOfMemory, free_memory, guarded, pair_chunk_advice, plan_graphs, plan_pair_chunk
 from utils.matching.prefetch import Prefetch
 
 # ---- the chunk that fits
@@ -16,11 +17,33 @@ from utils.matching.prefetch import Prefetch
 
 def test_planned_chunk_fills_the_free_memory():
     # 100 bytes and 10 a pair: 0.85 of 1000 bytes hold (850 - 100) / 10 pairs.
-    assert plan_pair_chunk((2, 4), [120, 140], 1000, 100) == 75
-    assert plan_pair_chunk((2, 4), [120, 140], 1000, 75) is None
-    assert plan_pair_chunk((2, 4), [120, 140], 10, 100) == 1
-    assert plan_pair_chunk((1, 1), [110, 110], 1000, 1) is None
-    assert plan_pair_chunk((2, 4), [120, 120], 1000, 100) is None  # no growth seen
+    assert plan_pair_chunk((2, 4), [120, 140], 1000, 100) == (75, 0)
+    assert plan_pair_chunk((2, 4), [120, 140], 1000, 75) == (None, 0)
+    assert plan_pair_chunk((2, 4), [120, 140], 1000, 50) == (None, 250)
+    assert plan_pair_chunk((2, 4), [120, 140], 10, 100) == (1, 0)
+    assert plan_pair_chunk((1, 1), [110, 110], 1000, 1)[0] is None
+    assert plan_pair_chunk((2, 4), [120, 120], 1000, 100)[0] is None  # no growth seen
+
+
+def test_graphs_are_kept_as_memory_has_room():
+    # One graph of 100 bytes there must be; 250 bytes beside it hold two more, of at most all steps.
+    assert [plan_graphs(8, 100, spare) for spare in (-50, 0, 99, 100, 250, 10_000)] == [1, 1, 1, 2, 3, 8]
+
+
+def test_a_run_that_keeps_graphs_gives_the_same_set(run_distill, tmp_path, monkeypatch):
+    real, kept = distill.mean_matching, []
+
+    def seen(*args, keep, **student):
+        kept.append(keep.graphs)
+        return real(*args, keep=keep, **student)
+
+    monkeypatch.setattr(distill, "mean_matching", seen)
+    for name, host_bytes in (("all", 4e9), ("one", 0)):
+        monkeypatch.setattr("utils.matching.memory.HOST_BYTES", host_bytes)
+        assert run_distill(tmp_path / name, "--Iteration", 1, "--syn_steps", 3) == 0
+    assert kept == [3, 1]
+    first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("all", "one"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize(

@@ -55,3 +55,24 @@ def test_iterations_of_several_segments_draw_what_iterations_of_one_do():
             assert (segment.start_epoch, segment.seed) == (alone.start_epoch, alone.seed)
             assert all(map(torch.equal, segment.batches, alone.batches))
     assert len({segment.seed for segment in drawn}) == 4
+
+
+def test_snapshots_used_last_are_not_read_again(monkeypatch):
+    """Two snapshots of 4 bytes stay of four; an iteration's segments are what they are without."""
+    read = []
+
+    class Counted(Epochs):
+        def snapshot(self, epoch):
+            read.append(epoch)
+            return super().snapshot(epoch)
+
+    def starts(cache_bytes):
+        monkeypatch.setattr("utils.matching.draws.CACHE_BYTES", cache_bytes)
+        read.clear()
+        segments = Draws([Counted()], 0, 10, 4, 2, 3, 1, segments=40).read(0, torch.device("cpu"))
+        return [(segment.start_epoch, segment.start["w"].item(), segment.target["w"].item()) for segment in segments]
+
+    assert starts(0) == starts(8) == starts(100)
+    assert sorted(read[1:]) == [0, 1, 2, 3]  # the first one is for its size
+    starts(8)
+    assert 4 < len(read[1:]) < 80

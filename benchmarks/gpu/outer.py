@@ -13,7 +13,8 @@ import torch
 from benchmarks.gpu.setup import PRECISIONS, Setup, products_in
 from benchmarks.measure import Tf32, alternate, count_operations
 from benchmarks.outer_gradient import Problem, agreement
-from utils.matching import fit_pair_chunk
+from utils.matching import Room, fit_room
+from utils.student import LEAST, Keep
 from utils.student import loss as student
 
 
@@ -47,8 +48,9 @@ def outer(setup: Setup, precision: str, others: bool = False):
 
     def under_limit(gigabytes: int):
         with setup.limited_to(gigabytes), products_in(precision):
-            chunk = chosen_chunk(problem())
-            return row(gigabytes, chunk, setup.measured(lambda: problem().ours(setup.sizes.steps, chunk)))
+            room = chosen_room(problem(), setup.sizes.steps)
+            taken = setup.measured(lambda: problem().ours(setup.sizes.steps, room.pair_chunk, room.keep))
+            return row(gigabytes, room.pair_chunk, taken, f", {room.keep.graphs} graphs kept", room.keep)
 
     def with_chunk(chunk: int | None, benchmark: bool = False):
         torch.backends.cudnn.benchmark = benchmark
@@ -56,8 +58,8 @@ def outer(setup: Setup, precision: str, others: bool = False):
             taken = setup.measured(lambda: problem().ours(setup.sizes.steps, chunk))
         return row("none", chunk, taken, ", cudnn.benchmark" if benchmark else "")
 
-    def row(limit, chunk, taken: dict, how: str = "") -> dict:
-        done = operations(chunk)
+    def row(limit, chunk, taken: dict, how: str = "", keep: Keep = LEAST) -> dict:
+        done = operations(chunk, keep)
         share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate(precision)}
         limit = "no limit" if limit == "none" else f"{limit} GB"
         return {f"{precision}{how}, {limit}, {chunk or 'all'} at a time": {**taken, **share}}
@@ -73,14 +75,14 @@ def outer(setup: Setup, precision: str, others: bool = False):
 
 
 def shared_problem(setup: Setup, precision: str, **changes):
-    """Functions that build the problem once, and that count its operations for a chunk."""
+    """Functions that build the problem once, and that count its operations for a chunk and what is kept."""
     problem = functools.cache(lambda: setup.problem(bf16=precision == "bf16", **changes))
-    operations = functools.cache(lambda chunk: count_operations(lambda: problem().ours(setup.sizes.steps, chunk)))
+    operations = functools.cache(lambda *how: count_operations(lambda: problem().ours(setup.sizes.steps, *how)))
     return problem, operations
 
 
-def chosen_chunk(problem: Problem) -> int | None:
-    return fit_pair_chunk(problem.loss_fn, problem.start, problem.pairs, len(problem.pairs.image_syn))
+def chosen_room(problem: Problem, steps: int) -> Room:
+    return fit_room(problem.loss_fn, problem.start, problem.pairs, len(problem.pairs.image_syn), steps)
 
 
 def written_out(setup: Setup):
@@ -162,9 +164,10 @@ def other_students(setup: Setup):
     def measure(name: str, changes: dict) -> dict:
         problem, operations = shared_problem(setup, "tf32", **changes)
         with products_in("tf32"):
-            chunk = chosen_chunk(problem())
-            taken = setup.measured(lambda: problem().ours(sizes.steps, chunk))
-        done = operations(chunk)
+            room = chosen_room(problem(), sizes.steps)
+            chunk = room.pair_chunk
+            taken = setup.measured(lambda: problem().ours(sizes.steps, chunk, room.keep))
+        done = operations(chunk, room.keep)
         share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate("tf32")}
         return {f"{name}, {chunk or 'all'} at a time": {**taken, **share}}
 

@@ -62,10 +62,17 @@ def _problem(key: str, value, args, parser: Parser) -> str | None:
     if key == "image_encoder" and not value:
         return "names none"
     if key == "image_kwargs" and isinstance(value, dict) and not args.image_kwargs:
-        files = next((name for name in value if name.rpartition(":")[2] in NAMES_OF_FILES), None)
+        files = next((name for name in value if _names_a_file(name.rpartition(":")[2], value[name])), None)
         if files:
             return f"{files} names a file or an address, which you can only give yourself, with --image_kwargs"
     return parser.misfit(key, value)
+
+
+def _names_a_file(key: str, value) -> bool:
+    """Whether the argument of timm or torchvision can; tables of numbers, such as mean and std, cannot."""
+    numbers = value.values() if isinstance(value, dict) else [value]
+    flat = [part for entry in numbers for part in (entry if isinstance(entry, list) else [entry])]
+    return key in NAMES_OF_FILES and not all(isinstance(part, int | float) for part in flat)
 
 
 def settings_of_first_set(args) -> dict:

@@ -1,5 +1,7 @@
 """What each iteration draws: segments of experts' trajectories, and the mini-batches of the students on them."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,8 @@ from safetensors import SafetensorError
 from data.errors import InputError
 from utils.sets import draw_batches, phase_rows
 from utils.student import Segment, prepare
+
+CACHE_BYTES = 512e6  # of unpacked snapshots that stay in the host's memory
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,23 @@ class Draws:
 
     def _segment(self, number: int, phase: int, device: torch.device) -> Segment:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        expert = self.experts[torch.randint(len(self.experts), (), generator=generator)]
+        expert = torch.randint(len(self.experts), (), generator=generator).item()
         start_epoch = phase + torch.randint(self.max_start_epoch, (), generator=generator).item()
         rows = phase_rows(self.num_pairs, self.phases)[phase]
         batches = draw_batches(len(rows), self.batch_size, self.steps, generator, self.batch_order)
         step_seed = torch.randint(2**40, (), generator=generator).item()
         try:
             epochs = start_epoch, start_epoch + self.expert_epochs
-            start, target = (prepare(expert.snapshot(epoch), device) for epoch in epochs)
+            start, target = (self._snapshot(expert, epoch, device) for epoch in epochs)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"expert {expert.path} can no longer be read ({error}); check the disk") from error
+            raise InputError(
+                f"expert {self.experts[expert].path} can no longer be read ({error}); check the disk"
+            ) from error
         return Segment(start_epoch, start, target, [rows[batch] for batch in batches], step_seed)
+
+    @functools.cached_property
+    def _snapshot(self) -> Callable:
+        """From an expert's number, an epoch and the device to the snapshot there. Those used last stay unpacked."""
+        size = sum(value.nbytes for value in self.experts[0].snapshot(0).values())
+        read = functools.lru_cache(maxsize=int(CACHE_BYTES // max(1, size)))
+        return read(lambda expert, epoch, device: prepare(self.experts[expert].snapshot(epoch), device))

@@ -1,6 +1,7 @@
-"""How many pairs fit into a GPU's memory at a time, and what to say when they do not."""
+"""What memory has room for: pairs at a time, graphs that are kept; and what to say when it is full."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -9,10 +10,12 @@ from data.errors import InputError
 from utils import ranks
 from utils.device import is_out_of_memory
 from utils.sets import Pairs
-from utils.student import matching_gradient
+from utils.student import LEAST, Keep, graph_bytes, matching_gradient
 
 CPU_PICTURES = 20  # 100 pictures of 160 px through MobileNetV1: half the time of 12 or 50 at a time
 TRIAL_STEPS = 3  # the first, one whose θ_t comes from the host, and the last: more steps take no more memory
+HOST_BYTES = 4e9  # of a CPU's memory, for graphs that are kept
+PARAMS_SHARE = 0.1  # of a GPU's free memory
 SHARE = 0.85  # of the free memory is planned with; convolutions choose other workspaces for other sizes
 
 
@@ -38,59 +41,87 @@ def pair_chunk_advice(pairs_at_a_time: int) -> str:
     return f"give --pair_chunk {pairs_at_a_time // 2}"
 
 
-class PairChunk:
-    """How many pairs of a student's step are in memory at a time; halved when a GPU's memory is full.
+@dataclass(frozen=True)
+class Room:
+    """What memory has room for.
+
+    Attributes:
+        pair_chunk: pairs of a step that are in memory at a time; None for all.
+        keep: what stays there for the way back.
+    """
+
+    pair_chunk: int | None
+    keep: Keep = LEAST
+
+
+class Fitting:
+    """Calls with what memory has room for, which gets less when a GPU's memory is full.
 
     Args:
-        size: None for all pairs.
+        room: that of the first call.
         may_shrink: otherwise full memory is an error, as where --pair_chunk is given.
     """
 
-    def __init__(self, size: int | None, may_shrink: bool):
-        self.size, self.may_shrink = size, may_shrink
+    def __init__(self, room: Room, may_shrink: bool):
+        self.room, self.may_shrink = room, may_shrink
 
-    def fit(self, call: Callable, batch_size: int):
-        """call(pair_chunk=…) at the present size, or at the first half of it, quarter … that fits.
+    def call(self, function: Callable, batch_size: int):
+        """function(pair_chunk=…, keep=…) in the present room, or with the first half of the pairs, quarter … that fits.
+
+        Chunks keep no graphs.
 
         Raises:
-            OutOfMemory: a single pair does not fit, the size may not shrink, or there are several ranks.
+            OutOfMemory: a single pair does not fit, the room may not shrink, or there are several ranks.
         """
         while True:
-            size = min(self.size or batch_size, batch_size)
+            size = min(self.room.pair_chunk or batch_size, batch_size)
             try:
                 return guarded(
-                    lambda: call(pair_chunk=self.size),
+                    lambda: function(pair_chunk=self.room.pair_chunk, keep=self.room.keep),
                     lambda size=size: pair_chunk_advice(size),
                 )
             except OutOfMemory:
-                # One rank alone cannot change its chunk: the others wait for its part of the old one.
+                # One rank alone cannot change its room: the others wait for its part of the old one.
                 if not self.may_shrink or size == 1 or ranks.count() > 1:
                     raise
-            self.size = size // 2
-            tqdm.write(f"CUDA is out of memory with {size} pairs at a time; going on with {self.size}")
+            self.room = Room(size // 2)
+            tqdm.write(f"CUDA is out of memory with {size} pairs at a time; going on with {size // 2}")
 
 
-def fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
-    """The largest `pair_chunk` for the free memory of the pairs' GPU, by two short trials; None if all pairs fit.
+def fit_room(loss_fn, params: dict, pairs: Pairs, batch_size: int, steps: int, **student) -> Room:
+    """What the free memory has room for, by short trials; the same numbers come from every `Room`.
 
-    Over ranks, of the smallest GPU, where only a rank's share of the pairs must fit. On a CPU always None, but
-    `CPU_PICTURES` where a frozen encoder sees each picture once: few fit its caches.
+    On a GPU every θ_t stays if all of them take at most `PARAMS_SHARE` of what is free; then as many pairs at a time as
+    fit; and if all do, the graphs of as many last steps. On a CPU all pairs, and graphs of at most `HOST_BYTES`, but
+    `CPU_PICTURES` where a frozen encoder sees each picture once: few fit its caches. Over ranks, where only a rank's
+    share of the pairs must fit, of the smallest GPU.
 
     Args:
-        params: the student's parameters by name, on the GPU.
+        params: the student's parameters by name, where it is to run.
         batch_size: pairs in a student's step; a frozen encoder embeds those of all steps at once.
+        steps: T.
         student: keyword arguments of `matching_gradient`.
     """
     batch_size = -(-(len(pairs.image_syn) if loss_fn.frozen_encoder is not None else batch_size) // ranks.count())
+    find = _room_on_card if pairs.image_syn.is_cuda else _room_on_host
     with ranks.alone():
-        chunk = _fit_pair_chunk(loss_fn, params, pairs, batch_size, **student)
-    return min((found for found in ranks.gather(chunk) if found is not None), default=None)
+        room = find(loss_fn, params, pairs, batch_size, steps, **student)
+    rooms = ranks.gather(room)
+    chunk = min((found.pair_chunk for found in rooms if found.pair_chunk is not None), default=None)
+    keeps = [found.keep for found in rooms]
+    return Room(chunk, Keep(min(keep.graphs for keep in keeps), all(keep.params for keep in keeps)))
 
 
-def _fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **student) -> int | None:
+def _room_on_host(loss_fn, params: dict, pairs: Pairs, batch_size: int, steps: int, **student) -> Room:
+    if loss_fn.frozen_encoder is not None:
+        return Room(CPU_PICTURES)
+    # The ranks of one machine share its memory.
+    graph = graph_bytes(loss_fn, params, pairs, torch.arange(batch_size))
+    return Room(None, Keep(plan_graphs(steps, graph, HOST_BYTES / ranks.count() - graph)))
+
+
+def _room_on_card(loss_fn, params: dict, pairs: Pairs, batch_size: int, steps: int, **student) -> Room:
     device = pairs.image_syn.device
-    if device.type != "cuda":
-        return CPU_PICTURES if loss_fn.frozen_encoder is not None else None
 
     def peak(size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
@@ -106,11 +137,27 @@ def _fit_pair_chunk(loss_fn, params: dict, pairs: Pairs, batch_size: int, **stud
     peaks = [guarded(lambda size=size: peak(size), lambda: pair_chunk_advice(1)) for size in (small, large)]
     torch.cuda.empty_cache()
     free = free_memory(device)
-    snapshots = 2 * sum(value.nbytes for value in params.values())  # of the expert, which the trials did without
-    chunk = plan_pair_chunk((small, large), peaks, free - snapshots, batch_size)
+    bytes_of_params = sum(value.nbytes for value in params.values())
+    keep_params = steps * bytes_of_params <= PARAMS_SHARE * free
+    # Of the expert there are two snapshots, which the trials did without.
+    room = free - (2 + steps * keep_params) * bytes_of_params
+    chunk, spare = plan_pair_chunk((small, large), peaks, room, batch_size)
+    graphs = 1
+    if chunk is None and loss_fn.frozen_encoder is None:
+        graph = guarded(
+            lambda: graph_bytes(loss_fn, params, pairs, torch.arange(batch_size, device=device)),
+            lambda: pair_chunk_advice(batch_size),
+        )
+        graphs = plan_graphs(steps, graph, spare)
     shown = "all pairs" if chunk is None else f"{chunk} pairs (--pair_chunk {chunk})"
-    print(f"{shown} at a time, for {free / 1e9:.1f} GB of free GPU memory")
-    return chunk
+    kept = f", graphs of {graphs} of {steps} steps kept" if graphs > 1 else ""
+    print(f"{shown} at a time{kept}, for {free / 1e9:.1f} GB of free GPU memory")
+    return Room(chunk, Keep(graphs, keep_params))
+
+
+def plan_graphs(steps: int, graph: int, spare: float) -> int:
+    """Of how many last steps the graph, of `graph` bytes, is kept, where `spare` bytes are left beside one of them."""
+    return max(1, min(steps, 1 + int(spare // graph)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -123,11 +170,14 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(free, share - torch.cuda.memory_reserved(device)))
 
 
-def plan_pair_chunk(sizes: tuple[int, int], peaks: list[int], free: int, batch_size: int) -> int | None:
-    """The chunk that takes `SHARE` of `free` bytes, if `peaks` at two `sizes` grow on in a straight line."""
-    if sizes[0] == sizes[1]:
-        return None
-    per_pair = max(1, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
+def plan_pair_chunk(sizes: tuple[int, int], peaks: list[int], free: int, batch_size: int) -> tuple[int | None, float]:
+    """The chunk that takes `SHARE` of `free` bytes, None for the whole batch, and the bytes of it that are left.
+
+    `peaks` at two `sizes` are taken to grow on in a straight line.
+    """
+    per_pair = max(1, (peaks[1] - peaks[0]) / max(1, sizes[1] - sizes[0]))
     fixed = max(0, peaks[0] - per_pair * sizes[0])
     chunk = max(1, int((SHARE * free - fixed) / per_pair))
-    return None if chunk >= batch_size else chunk
+    if chunk < batch_size and sizes[0] < sizes[1]:
+        return chunk, 0
+    return None, SHARE * free - fixed - per_pair * batch_size

@@ -8,7 +8,8 @@ import torch
 from data.errors import InputError
 from data.transforms import normalize
 from networks.clip_model import IMAGE, trained_parameters
-from utils.sets import phase_rows
+from utils.device import copied_to
+from utils.sets import phase_rows, rows_on
 
 
 class NonFiniteLoss(InputError):
@@ -39,14 +40,12 @@ def device_batches(loader: Iterable, text_embed, encoder, device, augment: Calla
         augment: uint8 [B, 3, S, S] -> uint8 [B, 3, H, W], applied on the device.
     """
     for images, rows in loader:
-        images, texts = images.to(device, non_blocking=True), text_embed[rows]
-        if images.is_cuda:
-            texts = texts.pin_memory()  # from other memory the host would wait for the copy
+        images, texts = copied_to(device, images), copied_to(device, text_embed[rows])
         if augment is not None:
             images = augment(images)
         if images.ndim == 4:
             images = normalize(images, encoder.mean, encoder.std)
-        yield images, texts.to(device, non_blocking=True)
+        yield images, texts
 
 
 def train_epoch(
@@ -142,7 +141,7 @@ def train_on_pairs(
     order = torch.Generator().manual_seed(seed)
 
     def batches(rows, epoch):
-        indices = rows[torch.randperm(len(rows), generator=order)].to(text_embed.device).split(batch_size)
+        indices = rows_on(text_embed.device, rows[torch.randperm(len(rows), generator=order)].split(batch_size))
         seen = images(order) if callable(images) else images
         return ((seen[i], text_embed[i], *(() if targets is None else [targets[i[:, None], i]])) for i in indices)
 

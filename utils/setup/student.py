@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.forms import PictureForm, mix, one_of_each, view_normalised, with_views
-from utils.matching import FIT, PairChunk, PairLearner, fit_first_rates, fit_pair_chunk
+from utils.matching import FIT, Fitting, PairLearner, Room, fit_first_rates, fit_room
 from utils.scoring import embed_batches
 from utils.sets import Pairs
 from utils.setup.backbones import Backbone
@@ -31,17 +31,17 @@ class Student:
         # How it steps, and how its gradient goes back, is the same in a trial of the memory and in the run.
         self.steps = {"momentum": args.student_momentum, "adjoint_decay": args.adjoint_decay}
         problem = self.loss_fn, backbone.start, pairs, self.draws.batch_size
-        size = args.pair_chunk or fit_pair_chunk(*problem, **self.steps)
-        check_shares(*problem, size)
+        room = Room(args.pair_chunk) if args.pair_chunk else fit_room(*problem, args.syn_steps, **self.steps)
+        check_shares(*problem, room.pair_chunk)
         # Later the card may have less room than in the trial; a chunk that the user gave is not changed.
-        self.chunk = PairChunk(size, may_shrink=not args.pair_chunk)
+        self.fitting = Fitting(room, may_shrink=not args.pair_chunk)
 
     def run(self, function: Callable, segments: Sequence[Segment], **problem):
         """`function` of the student's loss and `segments`, such as `mean_matching`."""
         if self.real:
             self.real.draw(segments[0].seed)
         call = functools.partial(function, self.loss_fn, segments, **problem, **self.steps)
-        return self.chunk.fit(call, batch_size=len(segments[0].batches[0]))
+        return self.fitting.call(call, batch_size=len(segments[0].batches[0]))
 
     def fit_first_rates(self, pairs: Pairs) -> None:
         """Chooses the first rates of `pairs` that are to fit, if any, in place, on the segments of iteration 0."""

@@ -11,4 +11,5 @@ from utils.student.gradient import (
     to_device,
 )
 from utils.student.loss import StudentLoss
+from utils.student.steps import LEAST, Keep, graph_bytes
 from utils.student.sweep import Matching, matching_loss

@@ -17,7 +17,7 @@ from utils.student.embedded import EmbeddedPictures
 from utils.student.heads import history_is_smaller, match_heads
 from utils.student.loss import Parameters, StudentLoss
 from utils.student.share import SharedSteps
-from utils.student.steps import WholeSteps
+from utils.student.steps import LEAST, Keep, WholeSteps
 from utils.student.sweep import Matching, match
 
 
@@ -59,8 +59,9 @@ def matching_gradient(
     pair_chunk: int | None = None,
     momentum: float = 0.0,
     adjoint_decay: float = 1.0,
+    keep: Keep = LEAST,
 ) -> Matching:
-    """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of one step.
+    """The matching loss after T = len(batches) student steps, and its exact gradient in the memory of a step or more.
 
     How it is taken, see `match`. For a frozen image encoder see `mean_matching` and, of heads, utils/student/heads.py.
 
@@ -79,6 +80,7 @@ def matching_gradient(
             grow with its pairs, for about 1.4 times the operations (more time for small chunks).
         momentum: μ of the student's steps.
         adjoint_decay: γ in λ_t = λ_{t+1} − γ β (∂g_t/∂θ)ᵀ b_t; 1 is exact, 0 the gradient of TESLA (Cui et al., 2023).
+        keep: what stays in the device's memory for the way back.
 
     Raises:
         InputError: several ranks, an image tower that draws random numbers, and no `pair_chunk` below a batch.
@@ -86,7 +88,7 @@ def matching_gradient(
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
     if loss_fn.frozen_encoder is not None:
         segment = Segment(0, start, target, batches, seed)
-        return mean_matching(loss_fn, [segment], pairs, pair_chunk, momentum, adjoint_decay)
+        return mean_matching(loss_fn, [segment], pairs, pair_chunk, momentum, adjoint_decay, keep)
     arguments = loss_fn, list(start), pairs, batches, seed, adjoint_decay
     batch_size = max(len(batch) for batch in batches)
     unit = check_shares(loss_fn, start, pairs, batch_size, pair_chunk)
@@ -94,8 +96,9 @@ def matching_gradient(
     if in_chunks:
         steps = ChunkedSteps(*arguments, size=pair_chunk, unit=unit or 1)
     else:
-        steps = WholeSteps(*arguments) if ranks.count() == 1 else SharedSteps(*arguments)
-    return match(steps, start, target, momentum)
+        whole = WholeSteps if ranks.count() == 1 else SharedSteps
+        steps = whole(*arguments, keep.graphs)
+    return match(steps, start, target, momentum, keep.params)
 
 
 def mean_matching(
@@ -105,6 +108,7 @@ def mean_matching(
     pair_chunk: int | None = None,
     momentum: float = 0.0,
     adjoint_decay: float = 1.0,
+    keep: Keep = LEAST,
 ) -> Matching:
     """The mean over `segments` of the matching loss, the student's losses and the gradient; see `matching_gradient`.
 
@@ -113,7 +117,7 @@ def mean_matching(
     further segments cost little. Of what trains no weights are stored where the rows of all steps are smaller.
     """
     pairs = Pairs.of(tensor.detach() for tensor in pairs.tensors())
-    how = momentum, adjoint_decay
+    how = momentum, adjoint_decay, keep
     if loss_fn.frozen_encoder is None:
         return _mean((_matched(segment, loss_fn, pairs, pair_chunk, *how) for segment in segments), len(segments))
     used = torch.cat([batch for segment in segments for batch in segment.batches])
@@ -161,7 +165,9 @@ def _matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matc
 def _heads_matched(segment: Segment, loss_fn: StudentLoss, pairs: Pairs, *how) -> Matching:
     if not history_is_smaller(loss_fn, segment.start, segment.batches):
         return _matched(segment, loss_fn, pairs, None, *how)
-    return match_heads(loss_fn, *_ends(segment, pairs), pairs, segment.batches, segment.seed, *how)
+    momentum, adjoint_decay, _ = how
+    ends = _ends(segment, pairs)
+    return match_heads(loss_fn, *ends, pairs, segment.batches, segment.seed, momentum, adjoint_decay)
 
 
 def _ends(segment: Segment, pairs: Pairs) -> list[Parameters]:

@@ -4,6 +4,7 @@ Notation as in utils/student/sweep.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +14,25 @@ from utils.sets import Pairs, rows_on
 from utils.student.loss import Parameters
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What stays in a device's memory from the way forth for the way back.
+
+    Attributes:
+        graphs: of the last steps, where all pairs are in memory at a time. Each takes the memory of a step, and spares
+            the way back a forward and backward pass.
+        params: every θ_t; else those without a kept graph wait in the host's memory.
+    """
+
+    graphs: int = 1
+    params: bool = False
+
+
+LEAST = Keep()
+
+
 class WholeSteps:
-    """Student steps with all their pairs in one graph, the last of which is kept from the way forth.
+    """Student steps with all their pairs in one graph; those of the last steps are kept from the way forth.
 
     Args:
         loss_fn: the student's loss.
@@ -23,32 +41,45 @@ class WholeSteps:
         batches: indices of each step's pairs.
         seed: of the random numbers; step t depends on `seed` and t alone.
         adjoint_decay: γ of `pull_back`.
+        kept_graphs: how many, see `Keep`.
 
     Attributes:
         grads: ∂L/∂ every tensor of the pairs, filled by `pull_back`, complete after `finish`.
     """
 
     def __init__(
-        self, loss_fn, names: Sequence[str], pairs: Pairs, batches: Sequence[Tensor], seed: int, adjoint_decay: float
+        self,
+        loss_fn,
+        names: Sequence[str],
+        pairs: Pairs,
+        batches: Sequence[Tensor],
+        seed: int,
+        adjoint_decay: float,
+        kept_graphs: int = 1,
     ):
         self.loss_fn, self.pairs, self.seed, self.adjoint_decay = loss_fn, pairs, seed, adjoint_decay
         self.batches = rows_on(pairs.image_syn.device, batches)
         self.is_image = [loss_fn.towers[name] == IMAGE for name in names]
         self.rates = [pairs.syn_lr_img if image else pairs.syn_lr_txt for image in self.is_image]
         self.grads = Pairs.of(torch.zeros_like(tensor) for tensor in pairs.tensors())
-        self.kept = None
+        self.first_kept = len(batches) - kept_graphs
+        self.graphs = []  # the last one is used next
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the step's graph is kept on the way forth, and θ_t with it."""
+        return step >= self.first_kept
 
     def gradient(self, step: int, params: Parameters) -> tuple[Tensor, list[Tensor]]:
         """ℓ and g_t at `params`."""
-        is_last = step == len(self.batches) - 1
-        loss, grads, leaves = self._graph(step, params, create_graph=is_last)
-        if is_last:
-            self.kept = grads, leaves
+        loss, grads, leaves = self._graph(step, params, create_graph=self.is_kept(step))
+        if self.is_kept(step):
+            self.graphs.append((grads, leaves))
         return loss, [grad.detach() for grad in grads]
 
     def prepare(self, step: int, params: Parameters) -> None:
-        """Builds the graph of g_t again, which `pull_back` uses up; λ_{t+1} is not needed for it."""
-        self.kept = self.kept or self._graph(step, params, create_graph=True)[1:]
+        """Builds the graph of g_t again unless it was kept, which `pull_back` uses up; λ_{t+1} is not needed for it."""
+        if not self.graphs:
+            self.graphs.append(self._graph(step, params, create_graph=True)[1:])
 
     def settle(self) -> None:
         """Completes the λ that `pull_back` was given last; here it is complete."""
@@ -61,7 +92,7 @@ class WholeSteps:
 
         To be called after `prepare`. λ_0 is asked of nobody: step 0 leaves λ as it is.
         """
-        (grads, leaves), self.kept = self.kept, None
+        grads, leaves = self.graphs.pop()
         for is_image, value, grad in zip(self.is_image, push, grads, strict=True):
             rate = self.grads.syn_lr_img if is_image else self.grads.syn_lr_txt
             rate -= inner(value, grad)
@@ -111,6 +142,23 @@ class WholeSteps:
             loss = self._loss(step, params, images, text_embed, *self._targets(step, similarity))
             grads = gradients(loss, list(params.values()), create_graph=create_graph)
         return loss.detach(), grads, [*params.values(), images, text_embed, *similarity]
+
+
+def graph_bytes(loss_fn, params: Parameters, pairs: Pairs, batch: Tensor) -> int:
+    """What the graph of a step on the pairs `batch` holds, its θ_t and g_t included, and each storage once."""
+    storages = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    params = {name: value.detach().requires_grad_() for name, value in params.items()}
+    steps = WholeSteps(loss_fn, list(params), pairs, [batch], seed=0, adjoint_decay=1.0)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        steps.prepare(0, params)
+    for tensor in steps.graphs[0][0]:
+        note(tensor)
+    return sum(storages.values())
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], vector: Tensor | None = None, create_graph: bool = False):

@@ -68,19 +68,21 @@ def relative_distances(squares: dict[str, tuple[Tensor, Tensor]], towers: dict[s
     return losses[0], losses[1]
 
 
-def match(steps: WholeSteps, start: Parameters, target: Parameters, momentum: float) -> Matching:
+def match(
+    steps: WholeSteps, start: Parameters, target: Parameters, momentum: float, keep_params: bool = False
+) -> Matching:
     """The matching loss after a student's steps from θ*_s, and its exact gradient for the pairs of `steps`.
 
     The steps run without a graph, keeping each θ_t. Then the sweep goes back from λ_T = ∂L/∂θ_T: at step t
     the graph of g_t is built again, and the vector-Jacobian product of g_t with −β λ_{t+1} gives the step's
     part of ∂L/∂X, ∂L/∂Y, ∂L/∂S and of λ_t = λ_{t+1} − β (∂g_t/∂θ)ᵀ λ_{t+1}; ∂L/∂β loses ⟨λ_{t+1}, g_t⟩.
-    The last step's graph is kept from the way forth. Random numbers inside the loss (dropout) are the same on both
-    ways.
+    Graphs of the last steps are kept from the way forth, as many as `steps` says. Random numbers inside the loss
+    (dropout) are the same on both ways.
 
     With momentum, v_{t+1} = μ v_t + g_t and θ_{t+1} = θ_t − β v_{t+1}. Then b_t = λ_{t+1} + μ b_{t+1} takes the
     place of λ_{t+1} in all these products, because g_t moves θ at t and all later steps; no velocity is stored.
     """
-    sweep = _Sweep(steps, start, momentum)
+    sweep = _Sweep(steps, start, momentum, keep_params)
     with torch.random.fork_rng():
         student_losses, final = sweep.forth()
         image_loss, text_loss, adjoint = _end_of_unroll(final, start, target, steps.loss_fn.towers)
@@ -92,11 +94,12 @@ def match(steps: WholeSteps, start: Parameters, target: Parameters, momentum: fl
 class _Sweep:
     """One unroll of the student: `forth` keeps θ_0 … θ_{T−1}, `back` consumes them.
 
-    On a GPU they are kept in the host's memory, but for the first, which is the caller's, and the last, used next.
+    Unless `keep_params`, a GPU's wait in the host's memory, but for the first, which is the caller's, and those of kept
+    graphs.
     """
 
-    def __init__(self, steps: WholeSteps, start: Parameters, momentum: float):
-        self.steps, self.start, self.momentum = steps, start, momentum
+    def __init__(self, steps: WholeSteps, start: Parameters, momentum: float, keep_params: bool):
+        self.steps, self.start, self.momentum, self.keep_params = steps, start, momentum, keep_params
         self.stored: list[Parameters] = []
 
     def forth(self) -> tuple[Tensor, Parameters]:
@@ -108,7 +111,8 @@ class _Sweep:
         for step in range(last + 1):
             loss, grads = self.steps.gradient(step, params)
             losses.append(loss)
-            self.stored.append(params if step in (0, last) else _to_host(params))
+            stays = step in (0, last) or self.keep_params or self.steps.is_kept(step)
+            self.stored.append(params if stays else _to_host(params))
             velocity = self._carried_on(velocity, grads)
             with torch.no_grad():
                 moved = torch._foreach_addcmul(list(params.values()), velocity, rates)
