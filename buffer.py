@@ -18,11 +18,27 @@ from networks.loss import LOSS_TYPES, PairLoss
 from utils import cli, ranks
 from utils.cli.checks import check_encoders
 from utils.device import describe_device
-from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
+from utils.experts import (
+    SNAPSHOT_TYPES,
+    ExpertLocks,
+    Trajectory,
+    buffer_folder,
+    clear_stale,
+    expert_path,
+    save_trajectory,
+)
 from utils.files import BackgroundSaver
 from utils.log import open_log
 from utils.scoring import counted, device_batches, embedded_once, evaluate_retrieval, train_epochs
-from utils.setup import args_of_encoders, describe_training, expert_loader, expert_training, find_device, open_data
+from utils.setup import (
+    args_of_encoders,
+    describe_training,
+    expert_loader,
+    expert_training,
+    find_device,
+    open_data,
+    plan_experts,
+)
 
 # Experts in one folder are trained in one way: what these settings say.
 EXPERT_SETTINGS = (
@@ -80,13 +96,19 @@ def parse_args(argv=None):
         help="later snapshots as fp16 differences to the first, or whole in fp32",
     )
     cli.add_log_flags(parser)
+    cli.add_plan_flag(parser)
     return parser.parse(argv)
 
 
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    is_plan = vars(args).pop("plan")
     check_encoders(args)
+    if is_plan:
+        missing = {own.image_encoder: len(missing_experts(folder_of(own), own)) for own in args_of_encoders(args)}
+        plan_experts(args, missing, snapshots=len(kept_epochs(args)))
+        return
     for own_args in args_of_encoders(args):
         train_experts(own_args)
 
@@ -95,7 +117,9 @@ def train_experts(args) -> None:
     """Trains the experts of one image encoder that are not there yet."""
     # What is there is kept: the same command goes on where it was stopped, and a larger --num_experts adds some.
     # Rank 0 looks, so that all agree on what is missing.
-    folder = buffer_folder(args.buffer_path, vars(args))
+    folder = folder_of(args)
+    if ranks.is_first():
+        clear_stale(folder)
     missing = ranks.gather(missing_experts(folder, args))[0]
     if not missing:
         print(f"all {args.num_experts} experts are in {folder}")
@@ -137,6 +161,10 @@ def train_experts(args) -> None:
         print(line)
     log.finish()
     print(describe_experts(folder, args.num_experts))
+
+
+def folder_of(args) -> Path:
+    return buffer_folder(args.buffer_path, vars(args))
 
 
 def train_missing(missing: list[int], folder: Path, train, report) -> list[str]:

@@ -40,6 +40,7 @@ from utils.setup import (
     expert_training,
     find_device,
     open_data,
+    plan_coreset,
 )
 
 METHODS = (*REAL_PAIRS, *MADE_TEXTS)
@@ -66,6 +67,7 @@ def parse_args(argv=None):
     add = output.add_argument
     add("--save_dir", default="./runs/coreset", help="folder of the set, METHOD_NUMBER.safetensors, and its pictures")
     add("--output", help="the set's file instead of one in --save_dir; it ends in .safetensors")
+    cli.add_plan_flag(parser)
     output.add_bool("draw", True, "save a picture grid with captions beside the set")
     parser.set_defaults(cache_images=False, aug_views=0)
     return parser.parse(argv)
@@ -74,7 +76,12 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None):
     (args,) = args_of_encoders(parse_args(argv))
+    is_plan = vars(args).pop("plan")
     check_coreset(args)
+    if is_plan:
+        compares = args.method not in ("random", "forgetting")
+        plan_coreset(args, functools.partial(choose_by_features, args) if compares else None)
+        return
     output = Path(args.output or f"{args.save_dir}/{args.method}_{args.num_queries}.safetensors")
     # All that draws has --seed: the same command chooses the same pairs.
     device = find_device(args)
@@ -93,26 +100,17 @@ def main(argv=None):
         return
 
     # The choice: rows of the split, in the order in which they were chosen, and a score for each.
-    generator = torch.Generator().manual_seed(args.seed)
     texts = None  # the embeddings of the chosen pairs' captions
     if args.method == "random":
         # Of each picture one caption, by chance too; nothing ranks the pairs.
-        rows = random_rows(real.row_to_image, args.num_queries, generator)
+        rows = random_rows(real.row_to_image, args.num_queries, generator_of(args))
         scores = [0.0] * len(rows)
     elif args.method == "forgetting":
         # Pairs that the expert never learned count as forgotten most often; ties are broken by chance.
         forgotten = count_forgetting(loader, data, args, device)
-        rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator)
-    elif args.method == "prototypes":
-        # The pictures of k-means; a text stands for all captions of its cluster.
-        (rows, scores), texts = prototypes(
-            features, real.row_to_image, args.num_queries, generator, text_embed=data.real_embed
-        )
+        rows, scores = highest(forgotten, real.row_to_image, args.num_queries, generator_of(args))
     else:
-        # These compare features, and do not draw but for the first centres of k-means.
-        by_name = {"herding": herding, "kcenter": kcenter, "kmeans": functools.partial(kmeans, generator=generator)}
-        choose = by_name[args.method]
-        rows, scores = choose(features, real.row_to_image, args.num_queries)
+        (rows, scores), texts = choose_by_features(args, features, real.row_to_image, data.real_embed)
 
     # The set has the form of a distilled one, so that all that reads those reads it.
     synset = as_set(rows, scores, texts, data, args)
@@ -121,6 +119,24 @@ def main(argv=None):
     if args.draw:  # for people to look at
         with replacing(output.with_suffix(".png")) as path:
             picture_grid(synset).save(path)
+
+
+def generator_of(args) -> torch.Generator:
+    return torch.Generator().manual_seed(args.seed)
+
+
+def choose_by_features(args, features, groups, text_embed):
+    """((rows, scores), text embeddings of prototypes [M, D_text] or None) of a method that compares features."""
+    if args.method == "prototypes":
+        # The pictures of k-means; a text stands for all captions of its cluster.
+        return prototypes(features, groups, args.num_queries, generator_of(args), text_embed)
+    # These do not draw but for the first centres of k-means.
+    by_name = {
+        "herding": herding,
+        "kcenter": kcenter,
+        "kmeans": functools.partial(kmeans, generator=generator_of(args)),
+    }
+    return by_name[args.method](features, groups, args.num_queries), None
 
 
 def count_forgetting(loader, data: Data, args, device):

@@ -46,6 +46,7 @@ from utils.setup import (
     open_data,
     open_dictionary,
     pairs_of_encoder,
+    plan_distillation,
     seen_pictures,
 )
 from utils.student import mean_matching, mean_over_encoders, pulled_back
@@ -60,6 +61,7 @@ def parse_args(argv=None):
     cli.add_distillation_flags(parser)
     cli.add_evaluation_flags(parser)
     cli.add_log_flags(parser)
+    cli.add_plan_flag(parser)
     return parser.parse(argv, defaults=lambda args: stored_lora(args.buffer_path, vars(args)))
 
 
@@ -112,12 +114,16 @@ def distill(run: "Distillation") -> None:
 @cli.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
+    is_plan = vars(args).pop("plan")
     # Refused before anything is read: flags that do not go together, and a folder that holds another run.
     check_encoders(args)
     check_first_pairs(args)
     check_pictures(args)
     check_sentences(args)
     check_targets(args)
+    if is_plan:
+        plan_distillation(args)
+        return
     check_run_folder(args)
     run = Distillation(args, shown_command(["distill.py", *(sys.argv[1:] if argv is None else argv)]))
     with saved_when_stopped(run):  # by Ctrl-C, full memory or a lost rank

@@ -17,7 +17,6 @@ from data.forms import (
     in_split,
     is_other_form,
     is_text,
-    karpathy_rows,
     names_splits,
     parse_json,
     read_form,
@@ -99,7 +98,7 @@ def read_split(dataset: str, split: str, ann_root: str | Path, split_seed: int =
             f"no annotations of '{dataset}' in {root}; looked for {names}{any_form}; give their folder with --ann_root"
         )
     if path == karpathy:
-        return _group(path, _karpathy_rows(path, split))
+        return _group(path, read_form(path, split, split_seed))
     if path.suffix in (".jsonl", ".tsv") or is_other_form(path) or (path == single and not names_splits(path)):
         return _group(path, read_form(path, split if path == single else None, split_seed))
     return _group(path, _csv_rows(path, split) if path.suffix == ".csv" else _json_rows(path))
@@ -192,13 +191,6 @@ def _json_rows(path: Path) -> Iterator[tuple]:
     for number, row in enumerate(rows, 1):
         image, captions = field(path, number, row, "image"), field(path, number, row, "caption")
         yield number, image, [captions] if isinstance(captions, str) else captions, row.get("image_id")
-
-
-def _karpathy_rows(path: Path, split: str) -> Iterator[tuple]:
-    content = _read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise InputError(f"{path} has no list 'images'; give the Karpathy form")
-    yield from (row for row in karpathy_rows(path, content["images"]) if in_split(row[4], split))
 
 
 def _csv_rows(path: Path, split: str) -> Iterator[tuple]:

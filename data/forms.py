@@ -35,6 +35,7 @@ LISTS = (
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT_PARTS, MOST_HELD_OUT = 10, 1000  # of the pictures, for each of validation and test
 ENCODING = "utf-8-sig"
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str):
@@ -50,7 +51,7 @@ def parse_json(text: str):
 
 def is_text(value) -> bool:
     """Whether it is a text without half characters, which JSON can write and nothing else."""
-    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+    return isinstance(value, str) and not HALF_CHARACTER.search(value)
 
 
 def read_form(path: Path, split: str | None = None, split_seed: int = 0) -> list[tuple]:
@@ -334,7 +335,7 @@ def _json_form(path: Path, text: str) -> list[tuple]:
     if is_karpathy == is_coco:
         fits = "fits two forms, Karpathy's and COCO's" if is_coco else "has 'images' without captions"
         raise InputError(f"{path} {fits}; keep either 'sentences' of the images or the list 'annotations'")
-    return list(karpathy_rows(path, images)) if is_karpathy else _coco_rows(path, content)
+    return _karpathy_rows(path, images) if is_karpathy else _coco_rows(path, content)
 
 
 def _json_lines(path: Path, text: str) -> list[tuple]:
@@ -358,15 +359,16 @@ def _object_rows(path: Path, numbered: list[tuple]) -> list[tuple]:
     return rows
 
 
-def karpathy_rows(path: Path, images: list) -> Iterator[tuple]:
-    """Yields the rows of the pictures of a Karpathy file."""
+def _karpathy_rows(path: Path, images: list) -> list[tuple]:
+    rows = []
     for number, row in enumerate(images, 1):
         name, sentences = field(path, number, row, "filename"), field(path, number, row, "sentences")
         folder = row.get("filepath", "")
         if not (isinstance(name, str) and isinstance(folder, str) and isinstance(sentences, list)):
             raise InputError(f"{path}, row {number}: 'filename' must be a text and 'sentences' a list")
         captions = [field(path, number, sentence, "raw") for sentence in sentences]
-        yield number, str(PurePosixPath(folder, name)), captions, None, field(path, number, row, "split")
+        rows.append((number, str(PurePosixPath(folder, name)), captions, None, field(path, number, row, "split")))
+    return rows
 
 
 def _coco_rows(path: Path, content: dict) -> list[tuple]:

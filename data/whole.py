@@ -43,6 +43,8 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
 def clear_leftovers(folder: str | Path) -> None:
     """Removes what processes of this host were making in `folder` when they were killed."""
+    if not Path(folder).is_dir():
+        return
     with os.scandir(folder) as entries:
         left = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(ENDING)]
     for path in left:

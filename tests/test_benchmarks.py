@@ -6,9 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig
 
+import coreset
 from benchmarks import expert_step, measure, outer_gradient, outer_iteration, same_numbers
+from benchmarks.coco_size import __main__ as coco_size
+from benchmarks.coco_size.make import make
+from data.annotations import read_split
 from tests.programs import table
 from utils.files import save_tensors
+from utils.sets import load_synset
 
 SMALL = ["--image_size", "32", "--text_dim", "8", "--pairs", "3"]
 
@@ -73,3 +78,14 @@ def test_two_versions_are_compared_bit_for_bit(tmp_path, capsys):
     assert "['b']" in found["fewer.safetensors"] and found["score.json"] == "other recalls"
     assert same_numbers.report(found) == 1 and "5 files compared, 4 differ" in capsys.readouterr().out
     assert not same_numbers.compare(base, here, tolerance=1e-6)["other.safetensors"]
+
+
+def test_data_of_coco_s_size_are_what_the_scripts_read(tmp_path, capsys):
+    make(tmp_path, share=0.001)
+    sizes = {split: read_split("coco", split, tmp_path / "annotations") for split in ("train", "val", "test")}
+    assert {split: len(records) for split, records in sizes.items()} == {"train": 113, "val": 5, "test": 5}
+    assert sum(len(record.captions) for record in sizes["train"]) == 567
+    coco_size.read(tmp_path)
+    argv = ["--method", "kmeans", "--num_queries", "3", "--no_draw", "--save_dir", str(tmp_path)]
+    assert coreset.main([*coco_size.flags(tmp_path, tmp_path), *argv]) == 0
+    assert load_synset(tmp_path / "kmeans_3.safetensors").text_syn.shape == (3, 768)

@@ -18,6 +18,7 @@ from networks.clip_model import CLIPModel
 from networks.image_encoder import build_image_encoder
 from tests.programs import error_line, table
 from utils.files import save_tensors
+from utils.forms import PairFeatures, pair_features
 from utils.scoring.coresets import (
     ForgettingCounter,
     check_num_queries,
@@ -29,7 +30,7 @@ from utils.scoring.coresets import (
     random_rows,
     spread_seeds,
 )
-from utils.scoring.features import embed_images, pair_features
+from utils.scoring.features import embed_images
 from utils.scoring.tables import COLUMNS
 from utils.scoring.training import make_optimizer, train_epoch
 from utils.sets import load_synset, save_synset
@@ -60,6 +61,11 @@ def allowed_rows(groups, rows):
     return [i for i in range(len(groups)) if groups[i].item() not in taken]
 
 
+def held(features):
+    """Features [40, D] as the methods take them."""
+    return PairFeatures.of(features)
+
+
 def brute_herding(features, groups, num):
     rows, scores = [], []
     mean = features.mean(dim=0)
@@ -87,7 +93,7 @@ def test_greedy_choice_is_that_of_the_definition(method, brute, normalised):
     for seed in range(20):
         features, groups = small_data(seed, normalised)
         num = min(12, len(groups.unique()))
-        rows, scores = method(features, groups, num)
+        rows, scores = method(held(features), groups, num)
         expected, expected_scores = brute(features, groups, num)
         assert rows == expected
         assert scores == pytest.approx(expected_scores, abs=1e-7)
@@ -102,7 +108,7 @@ def test_herding_is_welling_s_update_for_features_of_one_norm():
         gain = features @ weight
         rows.append(max(allowed_rows(groups, rows), key=lambda i: gain[i].item()))
         weight += mean - features[rows[-1]]
-    assert herding(features, groups, 8)[0] == rows
+    assert herding(held(features), groups, 8)[0] == rows
 
 
 def brute_centres(features, centres):
@@ -119,18 +125,18 @@ def brute_centres(features, centres):
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_kmeans_is_lloyd_s(normalised, monkeypatch):
-    monkeypatch.setattr("utils.scoring.coresets.BLOCK", 7)
+    monkeypatch.setattr("utils.forms.features.BLOCK", 7)
     for seed in range(8):
         features, groups = small_data(seed, normalised)
         num = min(9, len(groups.unique()))
-        seeds = spread_seeds(features, features.square().sum(dim=1), num, seeded(seed))
-        rows, scores = kmeans(features, groups, num, seeded(seed))
+        seeds = spread_seeds(held(features), features.square().sum(dim=1), num, seeded(seed))
+        rows, scores = kmeans(held(features), groups, num, seeded(seed))
         for i, centre in enumerate(brute_centres(features, list(features[seeds]))):
             # The two rows of a cluster are equally near to its centre, but for rounding.
             distance = {row: (features[row] - centre).norm().item() for row in allowed_rows(groups, rows[:i])}
             assert distance[rows[i]] == pytest.approx(min(distance.values()), abs=1e-7)
             assert scores[i] == pytest.approx(distance[rows[i]], abs=1e-7)
-    assert kmeans(features, groups, num, seeded(1))[0] != kmeans(features, groups, num, seeded(2))[0]
+    assert kmeans(held(features), groups, num, seeded(1))[0] != kmeans(held(features), groups, num, seeded(2))[0]
 
 
 def test_prototypes_are_the_rows_of_kmeans_with_the_mean_texts_of_their_clusters():
@@ -138,9 +144,9 @@ def test_prototypes_are_the_rows_of_kmeans_with_the_mean_texts_of_their_clusters
         features, groups = small_data(seed)
         text_embed = torch.randn(40, 5, generator=seeded(seed))
         num = min(9, len(groups.unique()))
-        choice, texts = prototypes(features, groups, num, seeded(seed), text_embed)
-        assert choice == kmeans(features, groups, num, seeded(seed))
-        seeds = spread_seeds(features, features.square().sum(dim=1), num, seeded(seed))
+        choice, texts = prototypes(held(features), groups, num, seeded(seed), text_embed)
+        assert choice == kmeans(held(features), groups, num, seeded(seed))
+        seeds = spread_seeds(held(features), features.square().sum(dim=1), num, seeded(seed))
         centres = brute_centres(features, list(features[seeds]))
         own = [min(range(num), key=lambda c: (x - centres[c]).norm()) for x in features]
         for c in range(num):
@@ -152,7 +158,7 @@ def test_prototypes_are_the_rows_of_kmeans_with_the_mean_texts_of_their_clusters
 def test_a_prototype_of_an_empty_cluster_has_its_own_text():
     """Two different features, six clusters: those that no row is nearest to."""
     groups, text_embed = torch.arange(6).repeat_interleave(3), torch.randn(18, 4)
-    (rows, _), texts = prototypes(torch.eye(2).repeat(9, 2), groups, 6, seeded(0), text_embed)
+    (rows, _), texts = prototypes(held(torch.eye(2).repeat(9, 2)), groups, 6, seeded(0), text_embed)
     means = [text_embed[kind::2].mean(dim=0) for kind in range(2)]
     assert sorted(groups[rows].tolist()) == list(range(6))
     of_cluster = [any(torch.allclose(text, mean, atol=1e-6) for mean in means) for text in texts]
@@ -163,7 +169,7 @@ def test_a_prototype_of_an_empty_cluster_has_its_own_text():
 def test_seeds_are_drawn_by_squared_distance():
     """From row 0, rows at distances 1, 2 and 3 are drawn 1 : 4 : 9, itself never; a fourth seed is the one left."""
     features = torch.tensor([[0.0], [1.0], [2.0], [3.0], [3.0]])
-    drawn = [spread_seeds(features, features.square().sum(dim=1), 4, seeded(seed)) for seed in range(6000)]
+    drawn = [spread_seeds(held(features), features.square().sum(dim=1), 4, seeded(seed)) for seed in range(6000)]
     second = [rows[1] for rows in drawn if rows[0] == 0]
     shares = [second.count(row) / len(second) for row in range(5)]
     assert shares == pytest.approx([0, 1 / 23, 4 / 23, 9 / 23, 9 / 23], abs=0.04)
@@ -174,14 +180,14 @@ def test_empty_cluster_and_equal_features():
     """More centres than different rows: the pictures are filled all the same."""
     groups = torch.arange(6).repeat_interleave(3)
     for features in (torch.ones(18, 4), torch.eye(2).repeat(9, 2)):
-        rows, scores = kmeans(features, groups, 6, seeded(0))
+        rows, scores = kmeans(held(features), groups, 6, seeded(0))
         assert sorted(groups[rows].tolist()) == list(range(6)) and scores == pytest.approx([0] * 6, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", [herding, kcenter])
 def test_equal_features_fill_every_picture_once(method):
     groups = torch.arange(6).repeat_interleave(3)
-    rows, scores = method(torch.ones(18, 4), groups, 6)
+    rows, scores = method(held(torch.ones(18, 4)), groups, 6)
     assert sorted(groups[rows].tolist()) == list(range(6))
     assert scores == pytest.approx([0] * 6, abs=1e-3)
 
@@ -199,10 +205,10 @@ def test_more_pairs_than_pictures():
     features, groups = small_data(0)
     many = len(groups.unique()) + 1
     calls = [
-        lambda: herding(features, groups, many),
-        lambda: kcenter(features, groups, many),
-        lambda: kmeans(features, groups, many, seeded(0)),
-        lambda: prototypes(features, groups, many, seeded(0), features),
+        lambda: herding(held(features), groups, many),
+        lambda: kcenter(held(features), groups, many),
+        lambda: kmeans(held(features), groups, many, seeded(0)),
+        lambda: prototypes(held(features), groups, many, seeded(0), features),
         lambda: highest(features[:, 0], groups, many, seeded(0)),
         lambda: check_num_queries(many, many - 1),
     ]
@@ -271,13 +277,35 @@ def test_watch_keeps_the_rows_of_the_batch_in_training():
 # ---- features
 
 
+def test_features_held_once_a_picture_are_those_of_a_matrix(monkeypatch):
+    """Pictures without a caption of a block, blocks that begin within a picture, and rows of zeros."""
+    monkeypatch.setattr("utils.forms.features.BLOCK", 7)
+    image_embed, text_embed = (torch.randn(n, d, generator=seeded(n), dtype=torch.double) for n, d in ((9, 4), (40, 3)))
+    image_embed[2] = text_embed[5] = 0
+    row_to_image = torch.tensor([0, 1, 2, 4, 4, 6, 7, 8]).repeat_interleave(5)
+    features = pair_features("joint", image_embed, text_embed, row_to_image)
+    normalised = [torch.nn.functional.normalize(embed, dim=1) for embed in (image_embed, text_embed)]
+    matrix = torch.cat([normalised[0][row_to_image], normalised[1]], dim=1)
+    vectors, cluster = torch.randn(7, 6, dtype=torch.double), torch.randint(6, (40,))
+    same = torch.testing.assert_close
+    same(features[:], matrix)
+    same(features[3], matrix[3])
+    same(features[[30, 2]], matrix[[30, 2]])
+    same(torch.cat([block[:] for block in features.blocks()]), matrix)
+    same(torch.cat([block.products(vectors) for block in features.blocks()]), matrix @ vectors)
+    same(features.products(vectors[:, 0]), matrix @ vectors[:, 0])
+    same(features.mean(), matrix.mean(dim=0))
+    same(features.squared_norms(), matrix.square().sum(dim=1))
+    same(features.sums(cluster, 7), torch.stack([matrix[cluster == c].sum(dim=0) for c in range(7)]))
+
+
 def test_features_of_pairs():
     image_embed, text_embed = torch.randn(3, 4), torch.randn(5, 2)
     row_to_image = torch.tensor([0, 0, 1, 2, 2])
-    joint = pair_features("joint", image_embed, text_embed, row_to_image)
+    joint = pair_features("joint", image_embed, text_embed, row_to_image)[:]
     assert joint.shape == (5, 6)
-    assert torch.equal(joint[:, :4], pair_features("image", image_embed, None, row_to_image))
-    assert torch.equal(joint[:, 4:], pair_features("text", None, text_embed, row_to_image))
+    assert torch.equal(joint[:, :4], pair_features("image", image_embed, None, row_to_image)[:])
+    assert torch.equal(joint[:, 4:], pair_features("text", None, text_embed, row_to_image)[:])
     assert torch.allclose(joint[:, :4].norm(dim=1), torch.ones(5))
     assert torch.allclose(joint[4, :4] * image_embed[2].norm(), image_embed[2])
     with pytest.raises(InputError, match="text encoder gives features that are not finite"):

@@ -4,6 +4,7 @@ import base64
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from tests.report_page import Page, made_up, picture
@@ -14,7 +15,9 @@ from utils.scoring import nearest_with_cosine
 from utils.sets import save_synset
 
 
-def test_nearest_captions_with_cosine():
+@pytest.mark.parametrize("block", [4096, 2])
+def test_nearest_captions_with_cosine(monkeypatch, block):
+    monkeypatch.setattr("utils.scoring.retrieval.BLOCK", block)
     generator = np.random.default_rng(0)
     queries, texts = generator.normal(size=(4, 6)), generator.normal(size=(9, 6))
     captions = [*"abcdefgh", "a"]  # the first and the last row are one caption

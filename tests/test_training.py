@@ -98,7 +98,9 @@ def test_recall_is_measured_in_evaluation_mode(factory, training_mode):
     assert result == pytest.approx(recalls(*features, owner))
 
 
-def test_nearest_captions_by_brute_force():
+@pytest.mark.parametrize("block", [4096, 2])
+def test_nearest_captions_by_brute_force(monkeypatch, block):
+    monkeypatch.setattr("utils.scoring.retrieval.BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     text_syn, text_embed = torch.randn(4, 6, generator=generator), torch.randn(9, 6, generator=generator)
     text_embed[2] *= 100  # by cosine, length has no say

@@ -20,6 +20,8 @@ import torch.distributed as dist
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events: what a run does to its files
 PATIENCE = 240  # seconds until a process that was told to end is killed, and counts as one that hangs
 
+TORCHRUN = 20  # seconds after the end of a rank until the others are told to end, as torchrun does, sooner
+
 
 @dataclass
 class Stop:
@@ -73,7 +75,7 @@ def run(main: Callable, argv: list[str], folder: Path, printed: Path, ranks: int
     if stop and stop.seconds is not None:
         _sleep_or_end(pids, stop.seconds)
         os.kill(processes[victim], stop.signal)  # one that has ended already is not yet waited for
-    ended, lost = {}, started
+    ended, lost, told = {}, started, False
     while pids:
         for pid in list(pids):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -82,6 +84,10 @@ def run(main: Callable, argv: list[str], folder: Path, printed: Path, ranks: int
                 out, err = ((printed / f"{rank}.{name}").read_text() for name in ("out", "err"))
                 ended[rank] = Ended(code, out, err, now - lost)
                 lost = now if stop else started
+        if ended and not told and time.monotonic() - lost > TORCHRUN:
+            told = True
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
         if pids and time.monotonic() - lost > PATIENCE + (stop.seconds or 0 if stop else 0):
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)

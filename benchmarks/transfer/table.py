@@ -59,6 +59,7 @@ def draw_shares(cells: list[dict], path: Path) -> None:
     Nothing is drawn without experts.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     experts = {(c["text_encoder"], c["image_encoder"]): c for c in cells if c["name"] == ALL_DATA}
     sets = [cell for cell in cells if (cell["text_encoder"], cell["image_encoder"]) in experts]
@@ -66,20 +67,24 @@ def draw_shares(cells: list[dict], path: Path) -> None:
     if not sets:
         return
     panels, names = _unique(sets, "text_encoder"), _unique(sets, "name")
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
     figure = Figure(figsize=(9, 1 + 3 * len(panels)), layout="constrained")
     for axes, text_encoder in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         own = [cell for cell in sets if cell["text_encoder"] == text_encoder]
-        encoders = _unique(own, "image_encoder")
-        for number, name in enumerate(names):
+        encoders, here = _unique(own, "image_encoder"), _unique(own, "name")
+        for number, name in enumerate(here):
             bars = [cell for cell in own if cell["name"] == name]
-            places = [encoders.index(cell["image_encoder"]) + 0.8 * number / len(names) for cell in bars]
+            places = [encoders.index(cell["image_encoder"]) + 0.8 * number / len(here) for cell in bars]
             heights = [share(cell, experts[text_encoder, cell["image_encoder"]]) for cell in bars]
             hatches = ["" if cell["took_part"] else "//" for cell in bars]
-            axes.bar(
-                places, heights, 0.75 / len(names), label=name, hatch=hatches, edgecolor="white", color=f"C{number}"
-            )
-        axes.set_xticks([place + 0.4 - 0.4 / len(names) for place in range(len(encoders))], encoders)
+            axes.bar(places, heights, 0.75 / len(here), hatch=hatches, edgecolor="white", color=colours[name])
+        axes.set_xticks([place + 0.4 - 0.4 / len(here) for place in range(len(encoders))], encoders)
         axes.set(title=f"text encoder {Path(text_encoder).name}", ylabel="share of experts on all data", ylim=(0, 1))
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, title="hatched: took no part", ncols=3, loc="outside lower center")
+    figure.legend(
+        [Patch(color=colours[name]) for name in names],
+        names,
+        title="hatched: took no part",
+        ncols=3,
+        loc="outside lower center",
+    )
     figure.savefig(path, dpi=150)

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.whole import replacing
+from data.whole import clear_leftovers, replacing
 
 
 def embed_captions(captions: list[str], encoder, cache_dir: str | Path | None) -> torch.Tensor:
@@ -24,14 +24,19 @@ def embed_captions(captions: list[str], encoder, cache_dir: str | Path | None) -
     if cache_dir is None:
         embeddings = encoder.encode(unique)  # [U, D]
     else:
-        key = _cache_key(captions, encoder.fingerprint())
-        path = Path(cache_dir).expanduser() / f"text_{key}.safetensors"
+        path = text_cache_path(captions, encoder, cache_dir)
+        clear_leftovers(path.parent)
         embeddings = _load(path, len(unique))
         if embeddings is None:
             embeddings = encoder.encode(unique)
             _save(path, embeddings)
     index_of = {caption: i for i, caption in enumerate(unique)}
     return embeddings[[index_of[caption] for caption in captions]]
+
+
+def text_cache_path(captions: list[str], encoder, cache_dir: str | Path) -> Path:
+    """The file of the embeddings of these captions, whether it is there or not; see `embed_captions`."""
+    return Path(cache_dir).expanduser() / f"text_{_cache_key(captions, encoder.fingerprint())}.safetensors"
 
 
 def _cache_key(captions, fingerprint):

@@ -43,7 +43,7 @@ def cache_images(paths: list[Path], side: int, cache_dir: str | Path) -> ImageCa
         InputError: an unreadable picture, too little room, or a folder that cannot be written to; no file is left.
     """
     shape = len(paths), 3, side, side
-    path = Path(cache_dir).expanduser() / f"pictures_{_cache_key(paths, side)}.npy"
+    path = image_cache_path(paths, side, cache_dir)
     if path.exists():
         try:
             cache = ImageCache(path)
@@ -59,6 +59,11 @@ def cache_images(paths: list[Path], side: int, cache_dir: str | Path) -> ImageCa
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}); give another --cache_dir or no --cache_images") from error
     return ImageCache(path)
+
+
+def image_cache_path(paths: list[Path], side: int, cache_dir: str | Path) -> Path:
+    """The file of `cache_images`, whether it is there or not."""
+    return Path(cache_dir).expanduser() / f"pictures_{_cache_key(paths, side)}.npy"
 
 
 def _check_room(path: Path, shape) -> None:

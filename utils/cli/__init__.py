@@ -20,6 +20,7 @@ from utils.cli.shared import (
     add_expert_flags,
     add_log_flags,
     add_network_flags,
+    add_plan_flag,
     add_recipe_flag,
     add_run_flags,
 )

@@ -153,3 +153,12 @@ def add_log_flags(parser: Parser) -> None:
     output = parser.section("output")
     output.add_argument("--name", help="name of the wandb run")
     output.add_bool("disabled_wandb", False, "log to metrics.jsonl only")
+
+
+def add_plan_flag(parser: Parser) -> None:
+    parser.section("output").add_bool(
+        "plan",
+        False,
+        "print how many pictures and captions there are, how large caches and memory get and how many hours it takes, "
+        "by a short trial on random numbers; then end, with nothing written",
+    )

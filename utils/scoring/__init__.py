@@ -19,7 +19,7 @@ from utils.scoring.evaluation import (
     evaluate_synset,
     look_epochs,
 )
-from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, pair_features
+from utils.scoring.features import EmbedLoader, embed_images, embed_views, embedded_once, feature_cache_path
 from utils.scoring.retrieval import (
     evaluate_retrieval,
     nearest_captions,
@@ -40,5 +40,5 @@ from utils.scoring.tables import (
     row_of_set,
 )
 from utils.scoring.text_map import TextMap, choose_map
-from utils.scoring.training import NonFiniteLoss, device_batches, train_epochs
+from utils.scoring.training import NonFiniteLoss, device_batches, make_optimizer, train_epoch, train_epochs
 from utils.scoring.tuning import Rates, choose_rates

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import InputError
+from utils.forms.features import BLOCK, PairFeatures
 
 Choice = tuple[list[int], list[float]]
-BLOCK = 4096  # rows whose distances are in memory at a time
 
 
 def check_num_queries(num_queries: int, num_pictures: int) -> None:
@@ -31,7 +31,7 @@ def random_rows(groups: Tensor, num: int, generator: torch.Generator) -> list[in
     return [starts[p].item() + offset for p, offset in zip(pictures, offsets, strict=True)]
 
 
-def herding(features: Tensor, groups: Tensor, num: int) -> Choice:
+def herding(features: PairFeatures, groups: Tensor, num: int) -> Choice:
     """Greedy matching of the mean (Welling, "Herding dynamical weights to learn", ICML 2009).
 
     With μ the mean of all rows and S the sum of those chosen, step t takes the x that brings the chosen rows' mean
@@ -45,13 +45,13 @@ def herding(features: Tensor, groups: Tensor, num: int) -> Choice:
         (rows, scores): a row's score is the distance of the chosen rows' mean from μ after it was added.
     """
     check_num_queries(num, len(groups.unique()))
-    mean = features.mean(dim=0)  # [D]
-    half_norms = _squared_norms(features) / 2  # [N]
+    mean = features.mean()  # [D]
+    half_norms = features.squared_norms() / 2  # [N]
     total = torch.zeros_like(mean)
     rows, scores = [], []
     for t in range(1, num + 1):
         # ‖tμ − S − x‖² / 2 without its constant, with the sign turned
-        gain = features @ (t * mean - total) - half_norms
+        gain = features.products(t * mean - total) - half_norms
         row = _take(gain, half_norms, groups)
         total += features[row]
         rows.append(row)
@@ -59,7 +59,7 @@ def herding(features: Tensor, groups: Tensor, num: int) -> Choice:
     return rows, scores
 
 
-def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
+def kcenter(features: PairFeatures, groups: Tensor, num: int) -> Choice:
     """Greedy farthest point (Sener & Savarese, "A core-set approach", ICLR 2018).
 
     The first centre is the row nearest to the mean of all rows; each next one is the row farthest from its nearest
@@ -72,8 +72,8 @@ def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
         (rows, scores): a row's score is its distance to the nearest earlier centre; the first one's, to the mean.
     """
     check_num_queries(num, len(groups.unique()))
-    norms = _squared_norms(features)  # [N]
-    to_mean = _squared_distances(features, norms, features.mean(dim=0))
+    norms = features.squared_norms()  # [N]
+    to_mean = _squared_distances(features, norms, features.mean())
     out = torch.zeros_like(norms)  # inf at rows whose picture is taken
     rows = [_take(-to_mean, out, groups)]
     scores = [to_mean[rows[0]].sqrt().item()]
@@ -86,7 +86,9 @@ def kcenter(features: Tensor, groups: Tensor, num: int) -> Choice:
     return rows, scores
 
 
-def kmeans(features: Tensor, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100) -> Choice:
+def kmeans(
+    features: PairFeatures, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100
+) -> Choice:
     """The rows nearest to the `num` centres of `clusters`.
 
     Centres choose in the order of their seeds, each the nearest row whose picture is not yet taken.
@@ -98,7 +100,7 @@ def kmeans(features: Tensor, groups: Tensor, num: int, generator: torch.Generato
 
 
 def prototypes(
-    features: Tensor, groups: Tensor, num: int, generator: torch.Generator, text_embed: Tensor
+    features: PairFeatures, groups: Tensor, num: int, generator: torch.Generator, text_embed: Tensor
 ) -> tuple[Choice, Tensor]:
     """The rows that `kmeans` chooses, and for each the mean text of its cluster (after PDS, Choi et al., ICLR 2026).
 
@@ -112,13 +114,15 @@ def prototypes(
     centres, cluster = clusters(features, groups, num, generator)
     rows, scores = _nearest_rows(features, groups, centres)
     counts = torch.bincount(cluster, minlength=num)[:, None]
-    sums = torch.zeros(num, text_embed.shape[1], dtype=torch.double).index_add_(0, cluster, text_embed.double())
+    sums = torch.zeros(num, text_embed.shape[1], dtype=torch.double)
+    for own, texts in zip(cluster.split(BLOCK), text_embed.split(BLOCK), strict=True):
+        sums.index_add_(0, own, texts.double())
     means = torch.where(counts > 0, sums / counts.clamp(min=1), text_embed[rows].double())
     return (rows, scores), means.float()
 
 
 def clusters(
-    features: Tensor, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100
+    features: PairFeatures, groups: Tensor, num: int, generator: torch.Generator, most_rounds: int = 100
 ) -> tuple[Tensor, Tensor]:
     """`num` clusters of k-means (Lloyd, from the seeds of `spread_seeds`).
 
@@ -133,7 +137,7 @@ def clusters(
         cluster's rows.
     """
     check_num_queries(num, len(groups.unique()))
-    norms = _squared_norms(features)  # [N]
+    norms = features.squared_norms()  # [N]
     centres = features[spread_seeds(features, norms, num, generator)]  # [K, D]
     nearest = None
     for _ in tqdm(range(most_rounds), desc="k-means", leave=False, disable=None):
@@ -141,14 +145,13 @@ def clusters(
         if before is not None and torch.equal(before, nearest):
             break
         counts = torch.bincount(nearest, minlength=num)[:, None]
-        sums = torch.zeros_like(centres).index_add_(0, nearest, features)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+        centres = torch.where(counts > 0, features.sums(nearest, num) / counts.clamp(min=1), centres)
     return centres, nearest
 
 
-def _nearest_rows(features: Tensor, groups: Tensor, centres: Tensor) -> Choice:
+def _nearest_rows(features: PairFeatures, groups: Tensor, centres: Tensor) -> Choice:
     """For each centre [K, D] the nearest row whose picture is not yet taken, and its distance."""
-    norms = _squared_norms(features)  # [N]
+    norms = features.squared_norms()  # [N]
     out = torch.zeros_like(norms)  # inf at rows whose picture is taken
     rows, scores = [], []
     for centre in centres:
@@ -158,7 +161,7 @@ def _nearest_rows(features: Tensor, groups: Tensor, centres: Tensor) -> Choice:
     return rows, scores
 
 
-def spread_seeds(features: Tensor, norms: Tensor, num: int, generator: torch.Generator) -> list[int]:
+def spread_seeds(features: PairFeatures, norms: Tensor, num: int, generator: torch.Generator) -> list[int]:
     """`num` rows of features [N, D], each drawn with its squared distance to the nearest one drawn before as weight.
 
     These are the seeds of k-means++ (Arthur & Vassilvitskii, SODA 2007); the first has no preference. `norms` [N] are
@@ -175,10 +178,10 @@ def spread_seeds(features: Tensor, norms: Tensor, num: int, generator: torch.Gen
     return rows
 
 
-def _nearest_centres(features: Tensor, centres: Tensor) -> Tensor:
+def _nearest_centres(features: PairFeatures, centres: Tensor) -> Tensor:
     """The index [N] of the centre [K, D] nearest to each row."""
     half_norms = centres.square().sum(dim=1) / 2
-    return torch.cat([(half_norms - rows @ centres.T).argmin(dim=1) for rows in features.split(BLOCK)])
+    return torch.cat([(half_norms - rows.products(centres.T)).argmin(dim=1) for rows in features.blocks()])
 
 
 def highest(scores: Tensor, groups: Tensor, num: int, generator: torch.Generator) -> Choice:
@@ -196,13 +199,9 @@ def highest(scores: Tensor, groups: Tensor, num: int, generator: torch.Generator
     return rows, scores[rows].tolist()
 
 
-def _squared_norms(features: Tensor) -> Tensor:
-    return torch.cat([rows.square().sum(dim=1) for rows in features.split(BLOCK)])
-
-
-def _squared_distances(features: Tensor, norms: Tensor, centre: Tensor) -> Tensor:
+def _squared_distances(features: PairFeatures, norms: Tensor, centre: Tensor) -> Tensor:
     """‖x − c‖² of each row [N]; rounding may leave a little below zero, which is cut off."""
-    return torch.addmv(norms + centre.square().sum(), features, centre, alpha=-2).clamp_(min=0)
+    return (norms + centre.square().sum() - 2 * features.products(centre)).clamp_(min=0)
 
 
 def _take(value: Tensor, penalty: Tensor, groups: Tensor) -> int:
@@ -239,7 +238,7 @@ class ForgettingCounter:
             self.rows = rows
             yield images, rows
 
-    def count_batch(self, image_features: Tensor, text_features: Tensor) -> None:
+    def count_batch(self, image_features: PairFeatures, text_features: PairFeatures) -> None:
         """Takes the features [B, D] of the current batch: `on_batch` of `train_epoch`."""
         similarity = image_features @ text_features.T  # [B, B]
         own = self.groups[self.rows]

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,34 +21,8 @@ from utils import ranks
 from utils.files import open_tensors, save_tensors, tensor_bytes
 
 KIND = "image features"
+BLOCK = 4096  # pictures whose features are looked through at a time
 VIEW_SEED = 0  # of the augmented views
-
-
-def pair_features(kind: str, image_embed: Tensor | None, text_embed: Tensor | None, row_to_image: Tensor) -> Tensor:
-    """Features of the pairs, one row per caption.
-
-    Args:
-        kind: "image" [N, D_img], "text" [N, D_text], or "joint" [N, D_img + D_text], both next to each other.
-            Each modality is L2-normalised by itself, so all rows have one norm and both weigh the same.
-        image_embed: [P, D_img], one row per picture; not needed for "text".
-        text_embed: [N, D_text]; not needed for "image".
-        row_to_image: [N].
-
-    Raises:
-        InputError: an encoder gave features that are not finite.
-    """
-    parts = []
-    if kind in ("image", "joint"):
-        parts.append(F.normalize(_finite(image_embed, "image"), dim=-1)[row_to_image])
-    if kind in ("text", "joint"):
-        parts.append(F.normalize(_finite(text_embed, "text"), dim=-1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _finite(embed: Tensor, name: str) -> Tensor:
-    if not torch.isfinite(embed).all():
-        raise InputError(f"the {name} encoder gives features that are not finite; use another encoder or --features")
-    return embed
 
 
 def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, device, cache_dir) -> Tensor:
@@ -58,9 +31,8 @@ def embed_images(paths: list[Path], encoder, image_size: int, batch_size: int, d
     Read from `cache_dir` if the same encoder saw the same files before, by weights, names, sizes and times.
     A damaged cache file is made anew and a folder that cannot be written to is no error: one printed line.
     """
-    return _cached(
-        lambda: _encode(paths, encoder, image_size, batch_size, device), f"{image_size}", paths, encoder, cache_dir
-    )
+    path = feature_cache_path(paths, encoder, image_size, 0, cache_dir)
+    return _cached(path, lambda: _encode(paths, encoder, image_size, batch_size, device), (len(paths), encoder.width))
 
 
 def embedded_once(retrieval, factory, batch_size: int, cache_dir):
@@ -99,12 +71,17 @@ def embed_views(
         dataset = PictureViews(paths, train_transform(image_size), views)
         return _encode_views(dataset, encoder, batch_size, num_workers, device).view(views, len(paths), -1)
 
-    return _cached(make, f"{image_size} {views} views, seed {VIEW_SEED}", paths, encoder, cache_dir, (views,))
+    path = feature_cache_path(paths, encoder, image_size, views, cache_dir)
+    return _cached(path, make, (views, len(paths), encoder.width))
 
 
-def _cached(make, rule: str, paths, encoder, cache_dir, views: tuple = ()) -> Tensor:
-    path = Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
-    shape = (*views, len(paths), encoder.width)
+def feature_cache_path(paths: list[Path], encoder, image_size: int, views: int, cache_dir: str | Path) -> Path:
+    """The file of `embed_views`, without views that of `embed_images`, whether it is there or not."""
+    rule = f"{image_size} {views} views, seed {VIEW_SEED}" if views else f"{image_size}"
+    return Path(cache_dir).expanduser() / f"image_{_cache_key(rule, paths, encoder)}.safetensors"
+
+
+def _cached(path: Path, make: Callable, shape: tuple) -> Tensor:
     if ranks.gather(path.exists())[0]:
         try:
             return _checked(path, open_tensors(path, KIND, tensors=("image_embed",))[0], shape)
@@ -123,10 +100,15 @@ def _cached(make, rule: str, paths, encoder, cache_dir, views: tuple = ()) -> Te
 def _checked(path: Path, handle, shape: tuple) -> Tensor:
     """The features of a cache file. Raises InputError if they are not finite floats of `shape`."""
     image_embed = handle.get_tensor("image_embed")
-    if image_embed.dtype != torch.float32 or image_embed.shape != shape or not image_embed.isfinite().all():
+    if image_embed.dtype != torch.float32 or image_embed.shape != shape or not _all_finite(image_embed):
         found = f"{image_embed.dtype} {list(image_embed.shape)}"
         raise InputError(f"{path} holds {found} instead of finite torch.float32 {list(shape)}")
     return image_embed
+
+
+def _all_finite(image_embed: Tensor) -> bool:
+    # In blocks: of COCO's pictures at once the check would take twice the memory of the features.
+    return all(rows.isfinite().all() for rows in image_embed.split(BLOCK, dim=-2))
 
 
 @torch.no_grad()

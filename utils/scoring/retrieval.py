@@ -7,6 +7,7 @@ from data.transforms import normalize
 from networks.loss import similarities
 
 CUTOFFS = (1, 5, 10)
+BLOCK = 4096  # captions that are normalised and compared at a time: no copy of all embeddings
 RECALLS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 
 
@@ -86,15 +87,19 @@ def nearest_with_cosine(text_syn, text_embed, captions: list[str], num: int) -> 
         text_embed: [N, D], of the captions. One that several rows of it share counts once.
     """
     queries = F.normalize(text_syn.detach().float().cpu(), dim=-1)
-    database = F.normalize(text_embed.float(), dim=-1).T
     # Published captions hardly repeat; some spare ones are enough.
-    spare = min(8 * num if num > 1 else 1, len(captions))
+    spare = 8 * num if num > 1 else 1
+    values, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for first, block in zip(range(0, len(text_embed), BLOCK), text_embed.split(BLOCK), strict=True):
+        cosines = queries @ F.normalize(block.float(), dim=-1).T
+        values = torch.cat([values, cosines], dim=1)
+        rows = torch.cat([rows, torch.arange(first, first + len(block)).expand(len(queries), -1)], dim=1)
+        values, best = values.topk(min(spare, values.shape[1]), dim=1)
+        rows = rows.gather(1, best)
     nearest = []
-    for rows in queries.split(128):
-        top = (rows @ database).topk(spare, dim=1)
-        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            distinct = {}
-            for value, index in zip(values, indices, strict=True):
-                distinct.setdefault(captions[index], value)
-            nearest.append(list(distinct.items())[:num])
+    for cosines, numbers in zip(values.tolist(), rows.tolist(), strict=True):
+        distinct = {}
+        for cosine, number in zip(cosines, numbers, strict=True):
+            distinct.setdefault(captions[number], cosine)
+        nearest.append(list(distinct.items())[:num])
     return nearest

@@ -66,24 +66,25 @@ def train_epoch(
     Raises:
         NonFiniteLoss: the mean loss is not finite.
     """
-    losses, correct, seen = [], [], 0
+    # Sums, not lists: a small tensor kept of each step would lie between the gradients and make the memory grow.
+    total_loss, correct, seen = 0.0, 0, 0
     for images, text_embed, *targets in batches:
         image_features, text_features = model(images, text_embed)
         loss = model.loss(image_features, text_features, *targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach() * len(images))
+        total_loss += loss.detach().double() * len(images)
         image_features, text_features = image_features.detach(), text_features.detach()
         nearest = (image_features @ text_features.T).argmax(dim=1)
-        correct.append((nearest == torch.arange(len(images), device=nearest.device)).sum())
+        correct += (nearest == torch.arange(len(images), device=nearest.device)).sum()
         seen += len(images)
         if on_batch is not None:
             on_batch(image_features, text_features)
-    mean_loss = (torch.stack(losses).sum() / seen).item()
+    mean_loss = (total_loss / seen).item()
     if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
         raise NonFiniteLoss(mean_loss)
-    return mean_loss, 100 * torch.stack(correct).sum().item() / seen
+    return mean_loss, 100 * correct.item() / seen
 
 
 def train_epochs(

@@ -28,5 +28,6 @@ from utils.setup.networks import (
     make_evaluation,
     make_factory,
 )
+from utils.setup.plan import plan_coreset, plan_distillation, plan_experts
 from utils.setup.student import Student, make_learner, pairs_of_encoder, seen_pictures
 from utils.setup.texts import with_texts

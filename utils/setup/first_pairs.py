@@ -8,9 +8,9 @@ from torch import Tensor
 from data.errors import InputError
 from data.pairs import PairDataset, load_images
 from data.transforms import normalize
-from utils.forms import PictureForm, Pyramid, as_words, read_words
+from utils.forms import PairFeatures, PictureForm, Pyramid, as_words, pair_features, read_words
 from utils.matching import FIT
-from utils.scoring import embed_images, kmeans, pair_features, random_rows
+from utils.scoring import embed_images, kmeans, random_rows
 from utils.sets import (
     Pairs,
     SynSet,
@@ -23,7 +23,7 @@ from utils.setup.backbones import Backbone
 UNIT = (0.0,) * 3, (1.0,) * 3  # mean and std of pixels that several encoders share
 
 
-def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, device) -> torch.Tensor:
+def encoder_features(args, kind: str, real: PairDataset, real_embed, encoder, device) -> PairFeatures:
     """Features [rows, D] of the real pairs, see `pair_features`; pictures are encoded only if they are needed."""
     image_embed = None
     if kind != "text":
