@@ -11,15 +11,8 @@ from pathlib import Path
 
 def test_twenty_kills(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kills", "--count", "20", "--output", str(tmp_path / "kills.md")]
-    command += [
-        "--cases",
-        "buffer.py, heads",
-        "distill.py, heads",
-        "evaluate.py, export",
-        "--ways",
-        "SIGKILL",
-        "Ctrl-C",
-    ]
+    command += ["--cases", "buffer.py, heads", "distill.py, heads", "evaluate.py, export"]
+    command += ["--ways", "SIGKILL", "Ctrl-C"]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     trials = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]

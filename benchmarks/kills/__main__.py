@@ -143,9 +143,8 @@ def check_end(ended: list, way: str, victim: int) -> None:
         allowed = {0, 2}
     assert own.code in allowed, f"code {own.code}: {own.err.strip()[-600:]}"
     others = [one for one in ended if one is not own]
-    assert all(one.code in (0, 2, 130, -signal.SIGTERM) and one.seconds < SECONDS for one in others), (
-        f"others: {others}"
-    )
+    codes = 0, 2, 130, -signal.SIGTERM
+    assert all(one.code in codes and one.seconds < SECONDS for one in others), f"others: {others}"
     said = [line for one in ended for line in one.err.splitlines() if "warning" not in line.lower()]
     said = [line for line in said if not line.startswith("took over")]
     wanted = int(any(one.code > 0 for one in ended))
