@@ -18,7 +18,15 @@ from networks.loss import LOSS_TYPES, PairLoss
 from utils import cli, ranks
 from utils.cli.checks import check_encoders
 from utils.device import describe_device
-from utils.experts import SNAPSHOT_TYPES, ExpertLocks, Trajectory, buffer_folder, expert_path, save_trajectory
+from utils.experts import (
+    SNAPSHOT_TYPES,
+    ExpertLocks,
+    Trajectory,
+    buffer_folder,
+    clear_stale,
+    expert_path,
+    save_trajectory,
+)
 from utils.files import BackgroundSaver
 from utils.log import open_log
 from utils.scoring import counted, device_batches, embedded_once, evaluate_retrieval, train_epochs
@@ -110,6 +118,8 @@ def train_experts(args) -> None:
     # What is there is kept: the same command goes on where it was stopped, and a larger --num_experts adds some.
     # Rank 0 looks, so that all agree on what is missing.
     folder = folder_of(args)
+    if ranks.is_first():
+        clear_stale(folder)
     missing = ranks.gather(missing_experts(folder, args))[0]
     if not missing:
         print(f"all {args.num_experts} experts are in {folder}")

@@ -14,6 +14,7 @@ import torch
 
 from data.pairs import load_images
 from data.transforms import normalize
+from data.whole import replacing
 from networks.loss import PairLoss
 from utils import cli, ranks
 from utils.cli.checks import check_coreset
@@ -116,7 +117,8 @@ def main(argv=None):
     save_synset(output, synset)
     print(f"{args.method}: {len(rows)} of {len(real)} pairs of {len(real.paths)} pictures, saved to {output}")
     if args.draw:  # for people to look at
-        picture_grid(synset).save(output.with_suffix(".png"))
+        with replacing(output.with_suffix(".png")) as path:
+            picture_grid(synset).save(path)
 
 
 def generator_of(args) -> torch.Generator:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.whole import replacing
 from utils import cli, ranks
 from utils.cli.checks import check_encoders, check_first_pairs, check_pictures, check_sentences, check_targets
 from utils.cli.errors import guarded_scoring
@@ -217,10 +218,13 @@ class Distillation:
         synset = self.current_set()
         by_encoder = [self.score(synset, backbone, "val", VALIDATION_SEED) for backbone in self.backbones]
         self.keep_if_best(synset, by_encoder)
-        self.save()
         # The others wait at the end, so that within it the first rank may score the report's other sets alone.
         if ranks.is_first():
             show_evaluation(self.log, self.folder, synset, by_encoder, self.args)
+        # Not before all of it is there: what was cut off in between is done again. All ranks note it.
+        self.learner.evaluated = self.learner.iteration
+        self.save()
+        if ranks.is_first():
             with ranks.alone():
                 self.page.update()
         ranks.wait()
@@ -231,9 +235,7 @@ class Distillation:
         names = [f"iteration_{self.learner.iteration:06d}", *(["best"] if recall > self.learner.best else [])]
         for name in names if ranks.is_first() else ():  # the folder is shared
             save_synset(self.folder / f"{name}.safetensors", synset)
-        # All ranks note it: the learner's state is theirs too.
-        self.learner.best = max(recall, self.learner.best)
-        self.learner.evaluated = self.learner.iteration
+        self.learner.best = max(recall, self.learner.best)  # on all ranks: the learner's state is theirs too
 
     def score(self, synset: SynSet, backbone: Backbone, split: str, seed: int, on_model=None) -> list[dict]:
         """Recalls of fresh networks trained on the set; the test split has other seeds than validation."""
@@ -332,7 +334,8 @@ def show_evaluation(log, folder: Path, synset: SynSet, by_encoder: list, args) -
     if args.draw:
         with log.aside("the picture grid"):  # a font that is missing must not end the run
             grid = picture_grid(synset)
-            grid.save(folder / f"synthetic_images_{iteration:06d}.png")
+            with replacing(folder / f"synthetic_images_{iteration:06d}.png") as path:
+                grid.save(path)
             log.media(iteration, pictures={"Synthetic_Images": grid})
 
 

@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel
 from benchmarks.measure import now, table
 from data.annotations import Record
 from data.augment import Augment, cached_side
-from data.image_cache import cache_images
+from data.caches.pictures import cache_images
 from data.pairs import PairDataset, pair_loader
 from data.transforms import normalize, train_transform
 from networks.clip_model import CLIPModel, ProjectionHead

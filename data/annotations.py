@@ -3,7 +3,6 @@
 import csv
 import http.client
 import json
-import os
 import re
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from data.forms import (
     read_form,
     read_split_folder,
 )
+from data.whole import replacing
 
 STEMS = {"flickr": "flickr30k", "coco": "coco_karpathy"}
 ENDINGS = (".json", ".csv", ".jsonl", ".tsv")
@@ -159,17 +159,12 @@ def _only(found: list[Path], root: Path) -> Path | None:
 
 def _download(path: Path) -> Path:
     url = DOWNLOADS + path.name
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             content = response.read()
         parse_json(content)  # a proxy's login page must not be kept as the annotations
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = _one_line(error)
         raise InputError(

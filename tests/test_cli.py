@@ -346,6 +346,9 @@ def test_evaluation_takes_its_defaults_from_the_set(synset_file):
         (InputError("no such thing; do that"), 2, "error: no such thing; do that"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory\nlong"), 2, "error: CUDA is out of memory; lower --batch"),
         (OSError(errno.ENOSPC, "No space left on device", "grid.png"), 2, "error: the disk is full"),
+        (MemoryError(), 2, "error: the memory of this machine is full; lower --batch"),
+        (RuntimeError("std::bad_alloc"), 2, "error: the memory of this machine is full"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "error: the memory of this machine is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

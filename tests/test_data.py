@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import image_cache
 from data.annotations import Record, clean_caption, read_split
+from data.caches import pictures as image_cache
+from data.caches.captions import embed_captions
 from data.pairs import PairDataset, drop_unreadable, find_images, pair_loader, read_image, retrieval_set
-from data.text_cache import embed_captions
 from data.transforms import denormalize, eval_transform, normalize, train_transform
 from tests.programs import input_error
 from utils.scoring import features

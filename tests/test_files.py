@@ -2,12 +2,16 @@
 
 import errno
 import math
+import os
+import socket
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.whole import replacing
 from tests.programs import input_error
 from utils import files
 from utils.experts.trajectory import Trajectory, buffer_folder, expert_path, find_trajectories, save_trajectory
@@ -310,3 +314,35 @@ def test_metadata_of_any_json_value(tmp_path):
     handle, loaded = open_tensors(tmp_path / "x", "test")
     assert loaded == metadata
     assert handle.get_tensor("a").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    """Of this host, and of processes that are gone: others may still be writing."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    names = {
+        f".a.safetensors.{host}.{ended.pid}.tmp": False,
+        f".a.safetensors.{host}.{os.getppid()}.tmp": True,
+        f".a.safetensors.another.{host}x.{ended.pid}.tmp": True,
+        f".{host}.tmp": True,
+        f"a.{host}.{ended.pid}.tmp": True,
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_bytes(b"half")
+    save_tensors(tmp_path / "b.safetensors", {"x": torch.ones(1)}, {"kind": "x"})
+    assert {name: (tmp_path / name / "half").exists() for name in names} == names
+    assert len(os.listdir(tmp_path)) == len([name for name in names.values() if name]) + 1
+
+
+def test_a_file_that_cannot_be_made_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), replacing(path, sync=True) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a"]
+    with replacing(path, sync=True) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a"]

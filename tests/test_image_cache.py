@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from data import image_cache
 from data.augment import Augment, cached_side
+from data.caches import pictures as image_cache
+from data.caches.pictures import cache_images
 from data.errors import InputError
-from data.image_cache import cache_images
 from data.pairs import load_images
 from tests.programs import error_line
 from utils.experts.trajectory import Trajectory, expert_path

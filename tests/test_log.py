@@ -2,15 +2,23 @@
 
 import os
 import shlex
+import signal
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import wandb
+from wandb.proto import wandb_internal_pb2
 
 from data.errors import InputError
 from utils.log import Log
 from utils.ranks import RankLost
+
+BLOCK = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 @pytest.fixture
@@ -42,6 +50,60 @@ def test_resumed_run_continues_its_wandb_run(offline, run_distill, tmp_path, cap
     assert all(list(path.glob(f"run-{first}.wandb")) for path in both)
     assert run_distill(tmp_path / "other", "--Iteration", 0, "--disabled_wandb=false") == 0
     assert wandb_id(tmp_path / "other") != first
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from utils.log import Log
+log = Log(pathlib.Path(sys.argv[1]), {})
+for step in range(2000):
+    log({"loss": step}, step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_wandb_run_goes_on_as_the_same_run(offline, tmp_path):
+    """By what wandb's own files say. It writes blocks of 32 kB, so that the last steps before the end are missing."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    # A service of wandb that an earlier test began would still hold the run.
+    env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    log = Log(tmp_path, {})
+    for step in range(1500, 2010):
+        log({"loss": step}, step)
+    log.finish()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    killed, resumed = ([*wandb_records(file)] for file in files)
+    ids = {record.run.run_id for record in killed + resumed if record.WhichOneof("record_type") == "run"}
+    assert ids == {wandb_id(tmp_path)}
+    assert wandb_steps(killed) == list(range(len(wandb_steps(killed)))) and len(wandb_steps(killed)) > 100
+    assert wandb_steps(resumed) == list(range(1999, 2010))
+
+
+def wandb_records(path):
+    """The whole records of a .wandb file: a log of LevelDB after 7 bytes."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:  # too few for a head
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        part = data[at + 7 : at + 7 + length]
+        if len(part) < length or kind not in (FULL, FIRST, MIDDLE, LAST):
+            return
+        whole = part if kind in (FULL, FIRST) else whole + part
+        if kind in (FULL, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+        at += 7 + length
+
+
+def wandb_steps(records):
+    items = [item for record in records for item in record.history.item]
+    return [int(item.value_json) for item in items if "_step" in (item.key, *item.nested_key)]
 
 
 def test_experts_added_later_continue_the_wandb_run_and_others_do_not(offline, run_buffer, tmp_path):
@@ -119,7 +181,7 @@ def test_steps_that_a_killed_run_logged_already(started, tmp_path):
     for step in range(58):
         log({"loss": step}, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 58, "lo\n')
+        file.write('{"step": 58, "lo')
     log = Log(tmp_path, {})
     for step in range(50, 61):
         log({"loss": step}, step)

@@ -1,5 +1,6 @@
 """Two processes over gloo against one: ranks, buffer.py, evaluate.py, coreset.py, and how all of them end."""
 
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from networks.image_encoder import build_image_encoder
 from tests.conftest import QUICK_BUFFER
 from tests.processes import Ranks, run_ranks
 from utils import cli, ranks
-from utils.experts import ExpertLocks, Trajectory
+from utils.experts import ExpertLocks, Trajectory, clear_stale
 from utils.scoring import embed_views
 from utils.sets import load_synset
 
@@ -240,6 +241,31 @@ def test_a_stale_lock_is_taken_over_but_not_another_hosts(tmp_path, capsys):
     lock.write_text("{")
     with pytest.raises(InputError, match="is not a lock file"):
         ExpertLocks().take(expert)
+    lock.write_text("")  # killed between making and writing it
+    assert ExpertLocks().take(expert)
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.experts.locks.json.dumps", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        ExpertLocks().take(tmp_path / "expert_000.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_beside_finished_experts_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for number, (host, process) in enumerate([(socket.gethostname(), gone.pid), ("elsewhere", gone.pid)]):
+        (tmp_path / f"expert_{number:03d}.safetensors").touch()
+        (tmp_path / f"expert_{number:03d}.lock").write_text(json.dumps({"host": host, "process": process}))
+    (tmp_path / f".expert_000.safetensors.{socket.gethostname()}.{gone.pid}.tmp").mkdir()
+    (tmp_path / "expert_002.lock").write_text(json.dumps({"host": socket.gethostname(), "process": gone.pid}))
+    clear_stale(tmp_path)
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"}
+    assert left == {"expert_001.lock", "expert_002.lock"}  # of another host; of an expert still to be trained
 
 
 def test_experts_of_another_launch_are_left_to_it(tiny_argv, tmp_path, capsys):

@@ -251,6 +251,26 @@ def test_interrupted_run_is_saved_and_resumes(straight, run_distill, tmp_path, c
     assert same_set(tmp_path / "r/last.safetensors", straight / "last.safetensors")
 
 
+def test_an_evaluation_that_is_cut_off_is_done_again(metrics, straight, run_distill, tmp_path, monkeypatch):
+    """Scored, but not yet shown: its picture and its line of metrics.jsonl are made by the run that goes on."""
+
+    def interrupt(log, folder, synset, *_):
+        raise KeyboardInterrupt
+
+    assert run_distill(tmp_path / "r", "--Iteration", 1) == 0
+    monkeypatch.setattr(distill, "show_evaluation", interrupt)
+    assert run_distill(tmp_path / "r", "--Iteration", 2, "--resume") == 130
+    monkeypatch.undo()
+    assert run_distill(tmp_path / "r", "--Iteration", 2, "--resume") == 0
+    assert (tmp_path / "r/synthetic_images_000002.png").exists()
+    recalls = [
+        [line["r_mean"] for line in metrics(run) if line["step"] == 2 and "r_mean" in line]
+        for run in (straight, tmp_path / "r")
+    ]
+    assert recalls[0] == recalls[1]
+    assert same_set(tmp_path / "r/last.safetensors", straight / "iteration_000002.safetensors")
+
+
 def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.setup.data, "make_demo", functools.partial(make_demo, num_train=8, num_val=4, num_test=4))
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,13 @@
 """What a run computes on, and how a GPU says that its memory is full."""
 
+import errno
+
 import torch
 
 # In place of an OutOfMemoryError, near a GPU's limit: of cudnn, cublas, pinned memory of the host.
 MEMORY_ERRORS = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
+# Of torch's allocator, of C++, of oneDNN (which could not create, or execute, one), of a thread's stack.
+HOST_MEMORY_ERRORS = ("can't allocate memory", "bad_alloc", "a primitive", "can't start new thread")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -11,6 +15,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_ERRORS)
+
+
+def is_host_memory_full(error: BaseException) -> bool:
+    """Whether Python, torch or what they call failed for want of memory of the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = isinstance(error, RuntimeError) and any(word in str(error) for word in HOST_MEMORY_ERRORS)
+    return words or isinstance(error, MemoryError)
 
 
 def describe_device(device: torch.device) -> str:

@@ -4,9 +4,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from data.forms import parse_json
+from data.whole import clear_leftovers, replacing
 
 
 def _umask() -> int:
@@ -27,28 +27,15 @@ def _umask() -> int:
 UMASK = _umask()  # read once: to read it, it must be changed, which another thread could notice
 
 
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; what is written there takes its place at the end, unless that failed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Writes `tensors` and JSON-able `metadata` to `path` by way of a temporary name.
+    """Writes `tensors` and JSON-able `metadata` to `path`, whole or not at all, and waits until the disk has them.
 
     Raises:
         InputError: the file cannot be written (disk full, no permission). What stood there before remains.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with _replacing(path) as temporary:
+        with replacing(path, sync=True) as temporary:
             save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
             temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
     except (OSError, SafetensorError) as error:
@@ -90,13 +77,13 @@ def open_tensors(path: str | Path, kind: str, keys: tuple[str, ...] = (), tensor
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 `text` to `path` by way of a temporary name.
+    """Writes UTF-8 `text` to `path` whole or not at all.
 
     Raises:
         InputError: the file cannot be written. What stood there before remains.
     """
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); free some space or give another file") from error
@@ -110,18 +97,19 @@ def check_can_write(path: str | Path) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        clear_leftovers(path.parent)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); give another file") from error
 
 
 def save_torch(path: str | Path, stored) -> None:
-    """Writes what `torch.load` reads to `path` by way of a temporary name.
+    """Writes what `torch.load` reads to `path` whole or not at all.
 
     Raises:
         InputError: the file cannot be written. What stood there before remains.
     """
     try:
-        with _replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(stored, file)
     except (OSError, RuntimeError) as error:  # torch's writer fails with the second on a full disk
         raise InputError(f"cannot write {path} ({error}); free some space or give another file") from error

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.forms import parse_json
+from data.whole import clear_leftovers
 from utils import ranks
+from utils.files import save_text
 
 ID_FILE = "wandb_run_id"
 PROJECT = "DatasetDistillation"
@@ -70,8 +72,11 @@ class Log:
         self.folder, self.aside = folder, Aside()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder)
             self.started = time.monotonic() - _seconds_before(folder / "metrics.jsonl")
             self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            if not _ends_a_line(folder / "metrics.jsonl"):
+                self.file.write("\n")
         except OSError as error:
             raise InputError(f"cannot write into {folder} ({error.strerror}); give another folder") from error
         run_id = None if fresh else _stored_id(folder)
@@ -160,6 +165,14 @@ def _seconds_before(path: Path) -> float:
     return seconds[-1] if seconds else 0.0
 
 
+def _ends_a_line(path: Path) -> bool:
+    """Whether what is appended to the file begins a line; not so after one that a full disk cut short."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        return file.read() in (b"", b"\n")
+
+
 def _lines(path: Path) -> Iterator[dict]:
     """The lines of metrics.jsonl; one that an interrupted run did not end, or that is none, is left out."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -199,7 +212,7 @@ def _start_wandb(folder: Path, settings: dict, name: str | None, mode: str, run_
             f"wandb could not start ({reason}); set WANDB_MODE=offline or pass --disabled_wandb{anew}"
         ) from error
     if mode != "disabled" and run.id != run_id:
-        (folder / ID_FILE).write_text(f"{run.id}\n")
+        save_text(folder / ID_FILE, f"{run.id}\n")
     return run
 
 

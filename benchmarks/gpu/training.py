@@ -12,7 +12,7 @@ from benchmarks.gpu.setup import Setup, products_in
 from benchmarks.measure import alternate, now
 from data.annotations import Record
 from data.augment import Augment, cached_side
-from data.image_cache import cache_images
+from data.caches.pictures import cache_images
 from data.pairs import PairDataset, RetrievalSet, pair_loader
 from data.transforms import eval_transform, train_transform
 from networks.clip_model import ModelFactory

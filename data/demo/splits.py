@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.demo.scenes import caption_scene, draw_scene, paint_scene
 from data.errors import InputError
+from data.whole import clear_leftovers, temporary_beside
 
 VERSION = 1  # of the scenes: a folder written with another one is made anew
 SPLITS = ("test", "val", "train")  # in the order of drawing
@@ -35,10 +36,11 @@ def make_demo(
     settings = {"version": VERSION, "seed": seed, "image_size": image_size, **counts}
     if _is_complete(root, settings):
         return
-    building = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    building = temporary_beside(root)
     try:
         _check_replaceable(root)
         (building / "demo-images").mkdir(parents=True)
+        clear_leftovers(root.parent)
         _write_splits(building, counts, image_size, random.Random(f"demo {seed}"))
         (building / "demo.json").write_text(json.dumps(settings))
         if not _is_complete(root, settings):  # another process may have been faster

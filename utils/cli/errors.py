@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from data.errors import InputError
 from utils import ranks
-from utils.device import is_out_of_memory
+from utils.device import is_host_memory_full, is_out_of_memory
 from utils.matching import guarded
 from utils.scoring import NonFiniteLoss
 
@@ -37,15 +37,14 @@ def one_line_errors(main):
             return BROKEN_PIPE
         except InputError as error:
             return ranks.fail(f"error: {error}", 2)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                return ranks.fail(f"error: the disk is full ({error}); free some space", 2)
+            if not is_out_of_memory(error) and not is_host_memory_full(error):
                 raise
-            return ranks.fail(f"error: the disk is full ({error}); free some space", 2)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+            full = "CUDA is out of memory" if is_out_of_memory(error) else "the memory of this machine is full"
             return ranks.fail(
-                "error: CUDA is out of memory; lower --batch_size_train (buffer.py), --pair_chunk (distill.py), "
+                f"error: {full}; lower --batch_size_train (buffer.py), --pair_chunk (distill.py), "
                 "--batch_train (evaluation) or --image_size",
                 2,
             )

@@ -1,5 +1,6 @@
 """Who trains which expert: a lock file beside the expert's, so that two processes never train the same one."""
 
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,9 @@ import time
 from pathlib import Path
 
 from data.errors import InputError
+from data.whole import clear_leftovers, is_gone
+
+KILLED_AT_ONCE = 0  # number of a process that was killed before it wrote its own into the lock
 
 
 class ExpertLocks:
@@ -62,6 +66,15 @@ class ExpertLocks:
         self.held.discard(expert)
 
 
+def clear_stale(folder: Path) -> None:
+    """Removes what killed processes of this host left in a folder of experts beside those that they had finished."""
+    clear_leftovers(folder)
+    for path in folder.glob("expert_*.lock"):
+        if path.with_suffix(".safetensors").exists() and (holder := _read(path)) and _is_gone(holder):
+            with contextlib.suppress(OSError):  # a folder that can only be read
+                _take_away(path, holder)
+
+
 def lock_path(expert: Path) -> Path:
     return expert.with_suffix(".lock")
 
@@ -70,11 +83,16 @@ def _create(path: Path, holder: dict) -> bool:
     """Whether the lock file was not there and is now the holder's."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:  # O_EXCL: of several processes one makes it
-            file.write(json.dumps(holder))
+        file = path.open("x")  # O_EXCL: of several processes one makes it
     except FileExistsError:
         return False
     except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give another --buffer_path") from error
+    try:
+        with file:
+            file.write(json.dumps(holder))
+    except OSError as error:
+        path.unlink(missing_ok=True)  # without a holder it would hold for ever
         raise InputError(f"cannot write {path} ({error.strerror}); give another --buffer_path") from error
     return True
 
@@ -89,21 +107,18 @@ def _read(path: Path) -> dict | None:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             time.sleep(0.1)  # between making and writing it
+    if not path.read_bytes():
+        return {"host": socket.gethostname(), "process": KILLED_AT_ONCE}
     raise InputError(f"{path} is not a lock file of buffer.py; remove it")
 
 
 def _is_gone(holder: dict) -> bool:
     if holder["host"] != socket.gethostname():
         return False
-    if holder["process"] == os.getpid():  # a number used again: what this process holds it does not ask for
+    # A number used again: what this process holds it does not ask for.
+    if holder["process"] in (KILLED_AT_ONCE, os.getpid()):
         return True
-    try:
-        os.kill(holder["process"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return False
+    return is_gone(holder["process"])
 
 
 def _take_away(path: Path, holder: dict) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.caches.pictures import file_marks
 from data.errors import InputError
-from data.image_cache import file_marks
 from data.pairs import READING, PictureViews, epoch_generator, load_images, pair_loader
 from data.transforms import normalize, train_transform
 from utils import ranks

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data.errors import InputError
+from data.whole import clear_leftovers, temporary_beside
 from utils.files import save_tensors, save_torch
 from utils.sets.folders import (
     ABOUT,
@@ -109,10 +110,11 @@ def export_sets(
         InputError: `folder` holds files already, or cannot be written.
     """
     folder = Path(folder).expanduser().absolute()
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    building = temporary_beside(folder)
     try:
         check_new_folder(folder)
         building.mkdir(parents=True)
+        clear_leftovers(folder.parent)
         for name, synset in synsets.items():
             _write_set(
                 building if len(synsets) == 1 else building / name, synset, (scores or {}).get(name, []), license_name

@@ -8,9 +8,10 @@ import torch
 
 from data.annotations import Record, read_split
 from data.augment import Augment, cached_side
+from data.caches.captions import embed_captions
+from data.caches.pictures import cache_images
 from data.demo import make_demo
 from data.errors import InputError
-from data.image_cache import cache_images
 from data.pairs import (
     PairDataset,
     RetrievalSet,
@@ -20,7 +21,6 @@ from data.pairs import (
     retrieval_set,
     shared_pictures,
 )
-from data.text_cache import embed_captions
 from data.transforms import train_transform
 from networks.clip_model import ModelFactory
 from networks.text_encoder import TextEncoder
@@ -140,7 +140,7 @@ def expert_loader(args, real: PairDataset, factory: ModelFactory):
 def use_image_cache(real: PairDataset, args) -> Augment | None:
     """Lets the pairs read their pictures from the cache, made if need be; returns what augments on the device, if any.
 
-    On a CPU the loader's workers augment. See `data.image_cache` for the errors.
+    On a CPU the loader's workers augment. See `data.caches.pictures` for the errors.
     """
     with ranks.first_goes_first():
         real.cache = cache_images(real.paths, cached_side(args.image_size, args.no_aug), args.cache_dir)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from data.annotations import read_sentences
+from data.caches.captions import embed_captions
 from data.errors import InputError
 from data.pairs import PairDataset
-from data.text_cache import embed_captions
 from utils import ranks
 from utils.matching import Dictionary
 from utils.scoring import nearest_captions

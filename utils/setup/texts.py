@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from data.annotations import read_sentences
+from data.caches.captions import embed_captions
 from data.errors import InputError
-from data.text_cache import embed_captions
 from networks.text_encoder import TextEncoder
 from utils.scoring import TextMap, choose_map
 from utils.sets import SynSet, with_text_encoder

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.augment import cached_side
-from data.image_cache import image_cache_path
+from data.caches.captions import text_cache_path
+from data.caches.pictures import image_cache_path
 from data.pairs import PairDataset
-from data.text_cache import text_cache_path
 from networks.clip_model import ModelFactory
 from networks.text_encoder import TextEncoder
 from utils.scoring import check_num_queries, feature_cache_path

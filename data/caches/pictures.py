@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from data.errors import InputError
 from data.pairs import READING, load_images
+from data.whole import replacing
 
 BLOCK = 256  # pictures in memory at once while the file is made
 RULE = "bicubic square 1"  # how a picture that is read becomes a square; to be changed when `load_images` does
@@ -52,15 +52,10 @@ def cache_images(paths: list[Path], side: int, cache_dir: str | Path) -> ImageCa
             return cache
         except (OSError, ValueError, EOFError) as error:
             print(f"making the picture cache anew: cannot use {path} ({' '.join(str(error).split())})")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(path, shape)
-        try:
+        with replacing(path) as temporary:
+            _check_room(path, shape)
             _write(temporary, paths, shape)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}); give another --cache_dir or no --cache_images") from error
     return ImageCache(path)

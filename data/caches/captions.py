@@ -1,12 +1,13 @@
 """Caption embeddings on disk, keyed by encoder and captions."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from data.whole import clear_leftovers, replacing
 
 
 def embed_captions(captions: list[str], encoder, cache_dir: str | Path | None) -> torch.Tensor:
@@ -24,6 +25,7 @@ def embed_captions(captions: list[str], encoder, cache_dir: str | Path | None) -
         embeddings = encoder.encode(unique)  # [U, D]
     else:
         path = text_cache_path(captions, encoder, cache_dir)
+        clear_leftovers(path.parent)
         embeddings = _load(path, len(unique))
         if embeddings is None:
             embeddings = encoder.encode(unique)
@@ -59,14 +61,9 @@ def _load(path: Path, rows: int) -> torch.Tensor | None:
 
 
 def _save(path: Path, embeddings: torch.Tensor) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             save_file({"text_embed": embeddings.contiguous()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         print(f"warning: caption embeddings not cached, cannot write {path} ({_one_line(error)})")
 
