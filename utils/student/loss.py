@@ -45,8 +45,12 @@ class StudentLoss:
 
     def on_embeddings(self) -> "StudentLoss":
         """The same loss of pictures that went through `frozen_encoder` already, [B, D_enc] each."""
-        inner = copy.copy(self)
+        inner, model = copy.copy(self), self.model
         inner.frozen_encoder = None
+        # Without the encoder, whose every parameter each call would look at.
+        inner.model = CLIPModel(
+            torch.nn.Identity(), model.text_projection, model.bf16, model.image_projection, model.pair_loss
+        )
         return inner
 
     def draws_on_images(self, params: Parameters, images: Tensor) -> bool:
