@@ -35,9 +35,9 @@ def published_command(setup: Setup):
 def heads_command(setup: Setup):
     """distill.py --recipe heads, four segments of 20 pairs with WBCE, after its buffer.py; the outer rates are 0."""
     pairs = min(99, setup.sizes.pairs)
-    flags = ["--num_queries", pairs, "--mini_batch_size", min(20, pairs), "--lr_sim", 0]
+    flags = ["--syn_steps", setup.sizes.steps, "--num_queries", pairs, "--mini_batch_size", min(20, pairs)]
     yield from as_users_run_it(
-        setup, "distill.py --recipe heads", ["--recipe", "heads"], flags, setup.sizes.limits[-1:]
+        setup, "distill.py --recipe heads", ["--recipe", "heads"], [*flags, "--lr_sim", 0], setup.sizes.limits[-1:]
     )
 
 

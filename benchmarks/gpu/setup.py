@@ -42,9 +42,9 @@ class Sizes:
 
 TOY = Sizes(
     convolutional=("test_nfnet",),
-    **{"encoder": "test_nfnet", "transformer": "test_vit", "image_size": 32, "text_dim": 16, "pairs": 6, "steps": 3},
+    **{"encoder": "test_nfnet", "transformer": "test_vit", "image_size": 32, "text_dim": 16, "pairs": 4, "steps": 1},
     **{"chunks": (4,), "repeats": 1, "limits": (24, 12), "exact_pairs": 3, "product": 128},
-    **{"batch": 4, "batches": 6, "pictures": 6, "eval_epochs": 2, "test_pictures": 12, "iterations": 3},
+    **{"batch": 4, "batches": 4, "pictures": 4, "eval_epochs": 2, "test_pictures": 12, "iterations": 3},
     train_pictures=12,
 )
 
@@ -74,7 +74,8 @@ class Setup:
 
     def measured(self, call: Callable) -> dict:
         """Seconds of a call, the median of some, and its peak memory: all tensors on a card, new ones on a CPU."""
-        call()  # loads kernels
+        if self.on_card:
+            call()  # loads kernels
         peaks = self._peaks(call)
         (seconds,) = alternate([call], self.sizes.repeats, self.device)
         return {"s": seconds, **peaks}
