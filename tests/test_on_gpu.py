@@ -25,6 +25,26 @@ def run(folder, *more):
     return json.loads((folder / "r.json").read_text())["tables"], (folder / "r.md").read_text()
 
 
+def test_every_section_is_there():
+    # The first test: what it imports, forks of the others need not.
+    for _, function, _ in gpu_child.SECTIONS.values():
+        module, name = function.split(".")
+        assert callable(getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name))
+
+
+def test_students_train_what_their_names_say():
+    setup = Setup(torch.device("cpu"), TOY, 0)
+    adapters, heads, whole = (
+        {
+            name.split(".")[-1] if "parametrizations" in name else name.split(".")[0]
+            for name in setup.problem(1, **changes).start
+        }
+        for changes in ({"image_encoder": TOY.transformer, "lora_rank": 4}, {"heads": True}, {})
+    )
+    assert adapters == {"A", "B", "text_projection"}
+    assert heads == {"image_projection", "text_projection"} and whole == {"image_encoder", "text_projection"}
+
+
 @pytest.fixture
 def forked(monkeypatch):
     """Children as forks of the test's process: what it patched holds in them, and they import nothing."""
@@ -158,7 +178,7 @@ def test_one_that_does_not_stop_is_ended(tmp_path, sections, monkeypatch):
         time.sleep(60)
 
     sections(deaf)
-    monkeypatch.setattr(on_gpu, "PATIENCE", 0.5)
+    monkeypatch.setattr(on_gpu, "PATIENCE", 3)
     tables, _ = run(tmp_path, "--sections", "card", "--minutes", 0.01)
     assert tables["The card"]["second"] == {"failed": "the process did not stop when the time was over"}
     assert "not run" in tables["The card"]["third"]
@@ -273,22 +293,3 @@ def test_kinds_of_kernels():
         "something": "the rest",
     }
     assert {name: gpu_profile.kind_of(name) for name in kinds} == kinds
-
-
-def test_students_train_what_their_names_say():
-    setup = Setup(torch.device("cpu"), TOY, 0)
-    adapters, heads, whole = (
-        {
-            name.split(".")[-1] if "parametrizations" in name else name.split(".")[0]
-            for name in setup.problem(1, **changes).start
-        }
-        for changes in ({"image_encoder": TOY.transformer, "lora_rank": 4}, {"heads": True}, {})
-    )
-    assert adapters == {"A", "B", "text_projection"}
-    assert heads == {"image_projection", "text_projection"} and whole == {"image_encoder", "text_projection"}
-
-
-def test_every_section_is_there():
-    for _, function, _ in gpu_child.SECTIONS.values():
-        module, name = function.split(".")
-        assert callable(getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name))
