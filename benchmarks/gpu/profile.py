@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -48,20 +48,19 @@ class Asked:
     """
 
     def __init__(self, setup: Setup):
-        self.setup, self.counter, self.copied = setup, Counter(setup.device), {}
+        self.setup, self.counter, self.copied, self.recorded = setup, Counter(setup.device), {}, None
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
-        if self.setup.on_card:
-            recorded = self.stack.enter_context(profile(activities=[ProfilerActivity.CUDA]))
+        if self.setup.on_card and ProfilerActivity.CUDA in supported_activities():
+            self.recorded = self.stack.enter_context(profile(activities=[ProfilerActivity.CUDA]))
             self.stack.callback(now, self.setup.device)  # before the profiler's end
-            self.recorded = recorded
         self.stack.enter_context(self.counter)
         return self
 
     def __exit__(self, *error):
         self.stack.__exit__(*error)
-        if self.setup.on_card and error == (None, None, None):
+        if self.recorded and error == (None, None, None):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "trace.json"
                 self.recorded.export_chrome_trace(str(path))
