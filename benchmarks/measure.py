@@ -94,9 +94,9 @@ class Tf32(TorchDispatchMode):
         return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of a product of two large square matrices."""
-    size = 8192 if device.type == "cuda" else 1024
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
+    """Floating-point operations per second of a product of two square matrices, large ones if no size is given."""
+    size = size or (8192 if device.type == "cuda" else 1024)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     (seconds,) = alternate([lambda: left @ right], 7, device)
     return 2 * size**3 / seconds

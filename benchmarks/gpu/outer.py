@@ -10,11 +10,12 @@ from unittest import mock
 
 import torch
 
+from benchmarks.gpu.profile import asked_of
 from benchmarks.gpu.setup import PRECISIONS, Setup, products_in
 from benchmarks.measure import Tf32, alternate, count_operations
 from benchmarks.outer_gradient import Problem, agreement
 from utils.matching import Room, fit_room
-from utils.student import LEAST, Keep
+from utils.student import LEAST
 from utils.student import loss as student
 
 
@@ -44,25 +45,20 @@ def copy_rates(setup: Setup, megabytes: int = 512) -> dict[str, float]:
 
 def outer(setup: Setup, precision: str, others: bool = False):
     """Under each limit of memory with the chunk that is chosen by itself; `others`: other chunks without a limit."""
-    problem, operations = shared_problem(setup, precision)
+    problem = functools.cache(lambda: setup.problem(bf16=precision == "bf16"))
 
     def under_limit(gigabytes: int):
+        setup.rate("tf32")  # before there is a limit
         with setup.limited_to(gigabytes), products_in(precision):
             room = chosen_room(problem(), setup.sizes.steps)
-            taken = setup.measured(lambda: problem().ours(setup.sizes.steps, room.pair_chunk, room.keep))
-            return row(gigabytes, room.pair_chunk, taken, f", {room.keep.graphs} graphs kept", room.keep)
+            how = f"{gigabytes} GB, {room.pair_chunk or 'all'} at a time"
+            return {f"{precision}, {room.keep.graphs} graphs kept, {how}": iteration(setup, problem(), room)}
 
     def with_chunk(chunk: int | None, benchmark: bool = False):
         torch.backends.cudnn.benchmark = benchmark
+        how = f"{', cudnn.benchmark' if benchmark else ''}, no limit, {chunk or 'all'} at a time"
         with products_in(precision):
-            taken = setup.measured(lambda: problem().ours(setup.sizes.steps, chunk))
-        return row("none", chunk, taken, ", cudnn.benchmark" if benchmark else "")
-
-    def row(limit, chunk, taken: dict, how: str = "", keep: Keep = LEAST) -> dict:
-        done = operations(chunk, keep)
-        share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate(precision)}
-        limit = "no limit" if limit == "none" else f"{limit} GB"
-        return {f"{precision}{how}, {limit}, {chunk or 'all'} at a time": {**taken, **share}}
+            return {precision + how: iteration(setup, problem(), Room(chunk, LEAST))}
 
     if setup.on_card and not others:
         for gigabytes in setup.sizes.limits:
@@ -74,11 +70,14 @@ def outer(setup: Setup, precision: str, others: bool = False):
             yield f"{precision}, cudnn.benchmark", functools.partial(with_chunk, setup.sizes.chunks[0], True)
 
 
-def shared_problem(setup: Setup, precision: str, **changes):
-    """Functions that build the problem once, and that count its operations for a chunk and what is kept."""
-    problem = functools.cache(lambda: setup.problem(bf16=precision == "bf16", **changes))
-    operations = functools.cache(lambda *how: count_operations(lambda: problem().ours(setup.sizes.steps, *how)))
-    return problem, operations
+def iteration(setup: Setup, problem: Problem, room: Room) -> dict:
+    """Columns of an outer gradient in this room: time, memory, what it asks of the card."""
+
+    def call():
+        problem.ours(setup.sizes.steps, room.pair_chunk, room.keep)
+
+    taken = setup.measured(call)
+    return {**taken, **asked_of(setup, call, taken["s"])}
 
 
 def chosen_room(problem: Problem, steps: int) -> Room:
@@ -87,7 +86,7 @@ def chosen_room(problem: Problem, steps: int) -> Room:
 
 def written_out(setup: Setup):
     """Our second derivatives of convolutions and standardised weights against torch's; two steps of 25 pairs."""
-    pairs, steps = min(25, setup.sizes.pairs), 2
+    pairs, steps = min(25, setup.sizes.pairs), min(2, setup.sizes.steps)
 
     def compare(encoder: str, own: bool, benchmark: bool) -> dict:
         torch.backends.cudnn.benchmark = benchmark
@@ -106,30 +105,6 @@ def written_out(setup: Setup):
             for own in (True, False):
                 name = f"{encoder}, own {own}, cudnn.benchmark {benchmark}"
                 yield name, functools.partial(compare, encoder, own, benchmark)
-
-
-def unrolled(setup: Setup):
-    """Against a graph of all steps, with as many pairs as the card holds for that."""
-
-    def largest() -> dict:
-        for num_pairs in setup.sizes.unrolled:
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                return both(num_pairs)
-            setup.free()
-        return {"full unroll": {"note": f"does not fit with {setup.sizes.unrolled[-1]} pairs"}}
-
-    def both(num_pairs: int) -> dict:
-        steps = setup.sizes.steps
-        with products_in("tf32"):
-            plain = setup.problem(num_pairs, plain=True)
-            gradient, taken = plain.unroll(steps), setup.measured(lambda: plain.unroll(steps))
-            plain = setup.problem(num_pairs)
-            ours, taken_by_ours = plain.ours(steps), setup.measured(lambda: plain.ours(steps))
-        error, cosine = agreement(ours, gradient)
-        rows = {"full unroll": taken, "ours": {**taken_by_ours, "relative error": error, "cosine": cosine}}
-        return {f"{name}, {num_pairs} pairs": cells for name, cells in rows.items()}
-
-    yield "tf32", largest
 
 
 def precisions(setup: Setup):
@@ -162,14 +137,10 @@ def other_students(setup: Setup):
     }
 
     def measure(name: str, changes: dict) -> dict:
-        problem, operations = shared_problem(setup, "tf32", **changes)
         with products_in("tf32"):
-            room = chosen_room(problem(), sizes.steps)
-            chunk = room.pair_chunk
-            taken = setup.measured(lambda: problem().ours(sizes.steps, chunk, room.keep))
-        done = operations(chunk, room.keep)
-        share = {"TFLOP": done / 1e12, "share of matrix rate": done / taken["s"] / setup.rate("tf32")}
-        return {f"{name}, {chunk or 'all'} at a time": {**taken, **share}}
+            problem = setup.problem(**changes)
+            room = chosen_room(problem, sizes.steps)
+            return {f"{name}, {room.pair_chunk or 'all'} at a time": iteration(setup, problem, room)}
 
     for name, changes in students.items():
         yield name, functools.partial(measure, name, changes)

@@ -14,7 +14,8 @@ class Record:
 
     Args:
         stem: path of the two files without their endings.
-        about: what the numbers belong to; numbers of something else in the file are not carried on.
+        about: what the numbers belong to: title, text, captions by table; numbers of something else in the file are
+            not carried on.
 
     Attributes:
         carried_on: measurements that were in the file.
@@ -30,21 +31,20 @@ class Record:
                 self.tables = stored["tables"]
         self.carried_on = sum(self.is_done(title, name) for title in self.tables for name in self.tables[title])
 
+    def forget(self, title: str, name: str) -> None:
+        self.tables.get(title, {}).pop(name, None)
+
     def is_done(self, title: str, name: str) -> bool:
         """Whether there is a result; what failed or was not run is tried again."""
         return "rows" in self.tables.get(title, {}).get(name, {})
 
-    def put(self, title: str, name: str, rows: dict[str, dict], seconds: float) -> None:
-        """Keeps rows, by name a value for each column, and what measuring them took."""
-        self._keep(title, name, {"rows": rows, "took": round(seconds, 1)})
+    def put(self, title: str, name: str, result: dict) -> None:
+        """Keeps one measurement and writes both files.
 
-    def put_failure(self, title: str, name: str, reason: str) -> None:
-        self._keep(title, name, {FAILED: reason})
-
-    def put_not_run(self, title: str, name: str, reason: str) -> None:
-        self._keep(title, name, {TIMELESS: reason})
-
-    def _keep(self, title: str, name: str, result: dict) -> None:
+        Args:
+            result: "rows", by name a value for each column, and "took", what measuring them took in seconds; or, with
+                its reason, FAILED or TIMELESS.
+        """
         self.tables.setdefault(title, {})[name] = result
         whole = json.dumps({"about": self.about, "tables": self.tables}, indent=1)
         for ending, text in ((".json", whole + "\n"), (".md", self.markdown())):
@@ -61,12 +61,19 @@ class Record:
             columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
             shown = [[row, *(_text(cells.get(column, "")) for column in columns)] for row, cells in rows.items()]
             if rows:
-                parts.append(f"## {title}\n\n{table(['', *columns], shown)}\n")
+                caption = self.about["captions"].get(title)
+                parts.append(f"## {title}\n\n{table(['', *columns], shown)}\n" + (f"\n{caption}\n" if caption else ""))
             for name, result in measurements.items():
                 left += [[title, name, word, result[word]] for word in (FAILED, TIMELESS) if word in result]
         if left:
             parts.append(f"## Not measured\n\n{table(['table', 'row', 'what', 'why'], left)}\n")
         return "\n".join(parts)
+
+
+def outcome(result: dict) -> str:
+    """Why a result has no numbers; empty if it has."""
+    notes = [cells["note"] for cells in result.get("rows", {}).values() if list(cells) == ["note"]]
+    return next((result[word] for word in (FAILED, TIMELESS) if word in result), "; ".join(notes))
 
 
 def _text(value) -> str:

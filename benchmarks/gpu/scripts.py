@@ -1,4 +1,4 @@
-"""An outer iteration as users run it, on a card: distill.py itself, and against a loop as released."""
+"""An outer iteration as users run it, on a card: distill.py itself."""
 
 import contextlib
 import functools
@@ -9,15 +9,15 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 
 import buffer
 import distill
-from benchmarks.gpu.setup import Setup, products_in
-from benchmarks.measure import alternate
-from benchmarks.outer_iteration import Iterations
+from benchmarks.gpu.profile import Asked
+from benchmarks.gpu.setup import Setup
 from data.demo import make_demo
 from networks.text_encoder import SHORT_NAMES
 
@@ -29,29 +29,36 @@ def published_command(setup: Setup):
     """distill.py with the published flags, after buffer.py; the outer rates are 0."""
     sizes = setup.sizes
     flags = ["--syn_steps", sizes.steps, "--expert_epochs", 1, "--max_start_epoch", 2, "--num_queries", sizes.pairs]
-    yield from as_users_run_it(setup, "distill.py", [], flags)
+    yield from as_users_run_it(setup, "distill.py", [], flags, setup.sizes.limits)
 
 
 def heads_command(setup: Setup):
     """distill.py --recipe heads, four segments of 20 pairs with WBCE, after its buffer.py; the outer rates are 0."""
     pairs = min(99, setup.sizes.pairs)
-    flags = ["--num_queries", pairs, "--mini_batch_size", min(20, pairs), "--lr_sim", 0]
-    yield from as_users_run_it(setup, "distill.py --recipe heads", ["--recipe", "heads"], flags)
+    flags = ["--syn_steps", setup.sizes.steps, "--num_queries", pairs, "--mini_batch_size", min(20, pairs)]
+    yield from as_users_run_it(
+        setup, "distill.py --recipe heads", ["--recipe", "heads"], [*flags, "--lr_sim", 0], setup.sizes.limits[-1:]
+    )
 
 
-def as_users_run_it(setup: Setup, name: str, recipe: list, flags: list):
-    """Seconds from one iteration's line in metrics.jsonl to the next, with all memory and under the smallest limit."""
+def as_users_run_it(setup: Setup, name: str, recipe: list, flags: list, limits: tuple[int, ...]):
+    """distill.py with all memory and, on a card, under limits in GB, after one call of buffer.py."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare = functools.cache(lambda: make_experts(setup, root, recipe))
-        yield name, lambda: {f"{name}, no limit": distil(setup, [*prepare(), *recipe, *flags], root / "run")}
-        for limit in setup.sizes.limits[-1:] if setup.on_card else ():
 
-            def limited(limit=limit):
-                with setup.limited_to(limit):
-                    return {f"{name}, {limit} GB": distil(setup, [*prepare(), *recipe, *flags], root / f"run{limit}")}
+        def run(limit: int | None) -> dict:
+            argv = [*prepare(), *recipe, *flags]
+            setup.rate("tf32")  # before there is a limit
+            with setup.limited_to(limit):
+                return {f"{name}, {shown(limit)}": distil(setup, argv, root / f"run{limit}")}
 
-            yield f"{name}, {limit} GB", limited
+        for limit in (None, *(limits if setup.on_card else ())):
+            yield f"{name}, {shown(limit)}", functools.partial(run, limit)
+
+
+def shown(limit: int | None) -> str:
+    return f"{limit} GB" if limit else "no limit"
 
 
 def make_experts(setup: Setup, root: Path, recipe: list) -> list[str]:
@@ -86,18 +93,39 @@ def save_text_encoder(folder: Path, width: int) -> Path:
 
 
 def distil(setup: Setup, flags: list, folder: Path) -> dict:
+    """Seconds from one iteration's line in metrics.jsonl to the next; the last one is counted instead of timed."""
     sizes = setup.sizes
     if setup.on_card:
         torch.cuda.reset_peak_memory_stats(setup.device)
     quick = ["--Iteration", sizes.iterations, "--eval_it", 1000, "--num_eval", 1, "--epoch_eval_train", 1]
     quick += ["--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.01", "--no_report", "--draw", "False"]
-    out = run_script(distill, [*flags, *STAND_STILL, *quick, "--save_dir", folder])
+    with last_iteration_asked(setup) as asked:
+        out = run_script(distill, [*flags, *STAND_STILL, *quick, "--save_dir", folder])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [line["Seconds"] for line in lines if "Grand_Loss" in line]
-    taken = statistics.median(after - before for before, after in itertools.pairwise(seconds))
+    taken = statistics.median(after - before for before, after in itertools.pairwise(seconds[:-1]))
     chunk = next((line for line in out.splitlines() if "at a time" in line), "all pairs at a time")
     peaks = setup.peaks_so_far() if setup.on_card else {}
-    return {"s an iteration": taken, **peaks, "chunk": chunk.split(",")[0].split(" (")[0]}
+    columns = {"s an iteration": taken, **peaks, "chunk": chunk.split(",")[0].split(" (")[0]}
+    return {**columns, **asked.columns(taken)}
+
+
+@contextlib.contextmanager
+def last_iteration_asked(setup: Setup):
+    """Gives an `Asked` that is entered and left within distill.py, between the lines of its last two iterations."""
+    asked, log = Asked(setup), distill.Distillation.log_iteration
+    with contextlib.ExitStack() as stack:
+
+        def log_iteration(run, *values):
+            left = run.args.Iteration - run.learner.iteration
+            if left == 0:
+                stack.close()
+            log(run, *values)
+            if left == 1:
+                stack.enter_context(asked)
+
+        with mock.patch.object(distill.Distillation, "log_iteration", log_iteration):
+            yield asked
 
 
 def run_script(script, arguments: list) -> str:
@@ -108,25 +136,3 @@ def run_script(script, arguments: list) -> str:
     if code:
         raise RuntimeError(f"{script.__name__} ended with {code}: {(err.getvalue().splitlines() or ['no word'])[-1]}")
     return out.getvalue()
-
-
-def as_released(setup: Setup):
-    """The same gradient after building the networks anew and reading the expert's whole file."""
-
-    def measure() -> dict:
-        sizes = setup.sizes
-        arguments = setup.arguments(pairs=sizes.pairs, steps=sizes.steps, epochs=sizes.expert_epochs)
-        with tempfile.TemporaryDirectory() as folder, products_in("tf32"):
-            iterations = Iterations(arguments, Path(folder))
-            calls = {
-                "the gradient alone": iterations.gradient,
-                "ours, read ahead": iterations.ours,
-                "image encoder built and file read in each": iterations.rebuilding,
-                "text encoder built too, as released": iterations.as_released,
-            }
-            with contextlib.closing(iterations.prefetch):
-                iterations.gradient()
-                seconds = alternate(list(calls.values()), sizes.repeats, setup.device)
-        return {name: {"s": s, "share of the last": s / seconds[-1]} for name, s in zip(calls, seconds, strict=True)}
-
-    yield "tf32", measure

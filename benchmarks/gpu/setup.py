@@ -1,4 +1,4 @@
-"""What the sections of benchmarks/gpu/__main__.py share: sizes, precisions, limits of memory, and one measured call."""
+"""What the sections of benchmarks/gpu/child.py share: sizes, precisions, limits of memory, and one measured call."""
 
 import contextlib
 import functools
@@ -29,23 +29,22 @@ class Sizes:
     chunks: tuple[int, ...] = (50, 25, 10)
     repeats: int = 2
     limits: tuple[int, ...] = (24, 12)  # GB
-    unrolled: tuple[int, ...] = (100, 64, 48, 32, 24, 16, 8)  # pairs that a full unroll is tried with
     exact_pairs: int = 8  # in float64
-    expert_epochs: int = 10
     batch: int = 128  # of an expert's step
     batches: int = 64
     pictures: int = 512
     eval_epochs: int = 50
     test_pictures: int = 1000
-    iterations: int = 5  # of distill.py
+    iterations: int = 4  # of distill.py: one that loads kernels, two that are timed, one that is counted
     train_pictures: int = 200
+    product: int = 8192  # side of the square matrices that the card's rate is measured with
 
 
 TOY = Sizes(
     convolutional=("test_nfnet",),
-    **{"encoder": "test_nfnet", "transformer": "test_vit", "image_size": 32, "text_dim": 16, "pairs": 6, "steps": 3},
-    **{"chunks": (4,), "repeats": 1, "limits": (12,), "unrolled": (6, 4), "exact_pairs": 3, "expert_epochs": 2},
-    **{"batch": 4, "batches": 6, "pictures": 6, "eval_epochs": 2, "test_pictures": 12, "iterations": 3},
+    **{"encoder": "test_nfnet", "transformer": "test_vit", "image_size": 32, "text_dim": 16, "pairs": 4, "steps": 1},
+    **{"chunks": (4,), "repeats": 1, "limits": (24, 12), "exact_pairs": 3, "product": 128},
+    **{"batch": 4, "batches": 4, "pictures": 4, "eval_epochs": 2, "test_pictures": 12, "iterations": 3},
     train_pictures=12,
 )
 
@@ -64,19 +63,19 @@ class Setup:
         values = {"image_encoder": sizes.encoder, "image_size": sizes.image_size, "text_dim": sizes.text_dim}
         return Namespace(**{**PLAIN, **values, "device": self.device, **changes})
 
-    def problem(self, num_pairs: int | None = None, dtype=torch.float32, bf16=False, plain=False, **changes) -> Problem:
-        """`plain`: with torch's own activations, as a full unroll is measured."""
-        return Problem(self.arguments(**changes), num_pairs or self.sizes.pairs, dtype, bf16, own_activations=not plain)
+    def problem(self, num_pairs: int | None = None, dtype=torch.float32, bf16=False, **changes) -> Problem:
+        return Problem(self.arguments(**changes), num_pairs or self.sizes.pairs, dtype, bf16)
 
     def _rate(self, precision: str) -> float:
         """Floating-point operations per second of a large matrix product."""
         types = {"bf16": torch.bfloat16, "fp64": torch.float64}
         with products_in(precision):
-            return matrix_rate(self.device, types.get(precision, torch.float32))
+            return matrix_rate(self.device, types.get(precision, torch.float32), self.sizes.product)
 
     def measured(self, call: Callable) -> dict:
         """Seconds of a call, the median of some, and its peak memory: all tensors on a card, new ones on a CPU."""
-        call()  # loads kernels
+        if self.on_card:
+            call()  # loads kernels
         peaks = self._peaks(call)
         (seconds,) = alternate([call], self.sizes.repeats, self.device)
         return {"s": seconds, **peaks}
@@ -108,8 +107,11 @@ class Setup:
                 torch.cuda.empty_cache()
 
     @contextlib.contextmanager
-    def limited_to(self, gigabytes: float):
-        """As if the card had so much memory for torch's tensors. Raises ValueError if it has less."""
+    def limited_to(self, gigabytes: float | None):
+        """As if the card had so much memory for torch's tensors; None: all. Raises ValueError if it has less."""
+        if gigabytes is None:
+            yield
+            return
         total = torch.cuda.get_device_properties(self.device).total_memory
         if gigabytes * 1e9 > total:
             raise ValueError(f"the card has {total / 1e9:.0f} GB")

@@ -145,7 +145,7 @@ def _room_on_card(loss_fn, params: dict, pairs: Pairs, batch_size: int, steps: i
     graphs = 1
     if chunk is None and loss_fn.frozen_encoder is None:
         graph = guarded(
-            lambda: graph_bytes(loss_fn, params, pairs, torch.arange(batch_size, device=device)),
+            lambda: graph_bytes(loss_fn, params, pairs, torch.arange(batch_size)),
             lambda: pair_chunk_advice(batch_size),
         )
         graphs = plan_graphs(steps, graph, spare)
