@@ -86,17 +86,25 @@ def read(folder: Path) -> None:
         PairDataset(records, find_images(records, folder / "pictures"), None)
 
 
-if __name__ == "__main__":
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     for name, words in (("make", "write the data set"), ("measure", "run every script on it"), ("read", "read it")):
         what.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=words)
     parser.add_argument("--epochs", type=int, default=1, help="of an expert of buffer.py on all pairs")
     parser.add_argument("--pairs", type=int, default=100, help="that coreset.py chooses")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     if args.make:
         make(args.make.absolute())
     elif args.read:
         read(args.read)
     else:
         print(table(("script", "time", "memory"), measure(args.measure.absolute(), args.epochs, args.pairs)))
+
+
+if __name__ == "__main__":
+    main()
