@@ -44,6 +44,7 @@ from utils.scoring import (
     choose_rates,
     compare_rows,
     embedded_once,
+    encoder_table,
     evaluate_retrieval,
     evaluate_synset,
     markdown_table,
@@ -332,6 +333,9 @@ def write_tables(rows: list[dict], args) -> None:
     # In words what the reader would compute from the table: each set as a multiple of the first and of all data.
     for line in compare_rows(rows):
         print(line)
+    # Of several image encoders the same in short, last: what a reader looks for first.
+    if short := encoder_table(rows):
+        print(f"\nIn brackets the share of {ALL_DATA}, with * on an encoder that the pairs were learned through:\n\n{short}")
 
 
 if __name__ == "__main__":

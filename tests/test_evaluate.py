@@ -14,7 +14,7 @@ from safetensors import safe_open
 import evaluate
 from networks.text_encoder import TextEncoder
 from tests.programs import error_line, score_sets, table
-from utils.scoring import compare_rows
+from utils.scoring import compare_rows, encoder_table
 from utils.sets import export, load_synset, save_synset
 
 QUICK = ["--num_eval", "1", "--epoch_eval_train", "1"]
@@ -62,6 +62,20 @@ def test_nothing_is_compared_with_nothing_or_zero():
     assert compare_rows([row("a", "n", 0.0), row("b", "n", 1.0)]) == []
     alone = [row("a", "n", 2.0), row("all data", "n", 8.0, experts=1, epochs=3)]
     assert compare_rows(alone) == ["mean recall on n as a multiple of all data (1 expert, 3 epochs): a 0.25"]
+
+
+def test_table_of_several_encoders_has_shares_and_marks_those_that_took_part():
+    real, learned = "a/real.safetensors", "a/last.safetensors"
+    own = [row(real, "n", 1.0, 3.0, pairs=5), row(learned, "n", 6.0, pairs=5, took_part=True)]
+    others = [row(learned, "v", 5.0, pairs=5, took_part=False), row("all data", "n", 8.0, experts=1, epochs=3)]
+    assert encoder_table(own) is None
+    assert encoder_table(own + others).splitlines() == [
+        "| mean recall | pairs | n | v |",
+        "| --- | --- | --- | --- |",
+        "| real | 5 | 2.0 ± 1.0 (0.25) |  |",
+        "| last | 5 | 6.0 ± 0.0 (0.75) * | 5.0 ± 0.0 |",
+        "| all data (1 expert, 3 epochs) | all | 8.0 ± 0.0 |  |",
+    ]
 
 
 # ---- --looks

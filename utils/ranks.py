@@ -24,6 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from data.errors import InputError
 from utils.device import is_out_of_memory
@@ -152,16 +153,18 @@ def gather(value) -> list:
     return values
 
 
-def spread(call: Callable, items: Sequence) -> list:
+def spread(call: Callable, items: Sequence, title: str | None = None) -> list:
     """[call(item) for item in items] on every rank, where each call is made by one of them; the last one by rank 0.
 
-    Within a call there is one rank.
+    Within a call there is one rank. `title` is that of a progress bar over this rank's calls; None for none.
     """
     ranks, own, last = count(), rank(), len(items) - 1
+    numbers = [i for i in range(len(items)) if (last - i) % ranks == own]
+    bar = tqdm(numbers, desc=title, leave=False, disable=None if title else True, position=own)
     if ranks == 1:
-        return [call(item) for item in items]
+        return [call(items[i]) for i in bar]
     with alone():
-        made = {i: call(item) for i, item in enumerate(items) if (last - i) % ranks == own}
+        made = {i: call(items[i]) for i in bar}
     by_number = {i: result for part in gather(made) for i, result in part.items()}
     return [by_number[i] for i in range(len(items))]
 

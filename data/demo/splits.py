@@ -6,6 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data.demo.scenes import caption_scene, draw_scene, paint_scene
 from data.errors import InputError
 from data.whole import clear_leftovers, temporary_beside
@@ -78,7 +80,7 @@ def _write_splits(folder, counts, image_size, rng):
     seen = set()
     for split, count in counts.items():
         rows = []
-        for i in range(count):
+        for i in tqdm(range(count), desc=f"drawing scenes, {split}", leave=False, disable=None):
             scene = draw_scene(rng)
             while scene in seen:
                 scene = draw_scene(rng)

@@ -32,6 +32,7 @@ from utils.scoring.tables import (
     best_look_name,
     compare_rows,
     counted,
+    encoder_table,
     markdown_table,
     mean_and_std,
     mean_text,

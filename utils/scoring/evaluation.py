@@ -101,7 +101,8 @@ def evaluate_synset(
         best = max(seen, key=lambda recall: recall["r_mean"]) if evaluation.looks else {}
         return {**seen[-1], "train_loss": loss, **{BEST_LOOK + key: value for key, value in best.items()}}
 
-    results = ranks.spread(_finite_or_error(train_and_look), range(evaluation.num_eval))
+    title = "networks trained on the pairs" if evaluation.num_eval > 1 else None
+    results = ranks.spread(_finite_or_error(train_and_look), range(evaluation.num_eval), title)
     for result in results:
         if isinstance(result, NonFiniteLoss):
             raise result

@@ -1,9 +1,9 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, the `pictures` and `megabytes` that it holds, `rates`, `loss_type` and `texts`,
-how its texts were made (a key of `TEXTS`), and `looks` if the best of some looks at the test split is among its
-numbers; that of all data has `experts` and their `epochs`.
+network. A set's row also has `pairs`, the `pictures` and `megabytes` that it holds, `rates`, `loss_type`, `took_part`, whether
+it was learned through that encoder, and `texts`, how its texts were made (a key of `TEXTS`), and `looks` if the best of
+some looks at the test split is among its numbers; that of all data has `experts` and their `epochs`.
 """
 
 import statistics
@@ -57,6 +57,10 @@ def recall_table(
         mean, std = mean_and_std(results)
         cells = (mean_text(mean[key], std[key]) if key in mean else "" for key in keys)
         lines.append([*([name] if isinstance(name, str) else name), *cells])
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -82,6 +86,30 @@ def markdown_table(rows: list[dict]) -> str:
     return recall_table(table, COLUMNS, best_look_name(rows))
 
 
+def encoder_table(rows: list[dict]) -> str | None:
+    """Markdown: mean recalls, a row per set and a column per image encoder; None for one encoder.
+
+    In brackets the share of all data's where that is there. A star marks an encoder that took part in the learning.
+    """
+    encoders = list(dict.fromkeys(row["image_encoder"] for row in rows))
+    if len(encoders) == 1:
+        return None
+    means = {(row["set"], row["image_encoder"]): mean_and_std(row["results"]) for row in rows}
+    names, lines = _names(rows), [["mean recall", "pairs", *encoders], ["---"] * (len(encoders) + 2)]
+    for path in dict.fromkeys(row["set"] for row in rows):
+        own = {row["image_encoder"]: row for row in rows if row["set"] == path}
+        lines.append([names[path], str(next(iter(own.values())).get("pairs", "all"))])
+        for encoder in encoders:
+            cell = ""
+            if encoder in own:
+                mean, std = (numbers["r_mean"] for numbers in means[path, encoder])
+                whole = means.get((ALL_DATA, encoder))
+                share = f" ({mean / whole[0]['r_mean']:.2f})" if whole and path != ALL_DATA else ""
+                cell = mean_text(mean, std) + share + (" *" if own[encoder].get("took_part") else "")
+            lines[-1].append(cell)
+    return _markdown(lines)
+
+
 def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, results: list[dict], looks: int = 0) -> dict:
     """The row of a set on one image encoder; see above for its parts."""
     row = {
@@ -91,6 +119,7 @@ def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, resul
         "pictures": len(synset.mixture.words if synset.mixture else synset.captions),
         "megabytes": round(synset.nbytes / 1e6, 3),
         "image_encoder": image_encoder,
+        "took_part": _took_part(synset, image_encoder),
         "trains": trains,
         "rates": [synset.syn_lr_img, synset.syn_lr_txt],
         "loss_type": synset.loss_type,
@@ -98,6 +127,13 @@ def row_of_set(path: str, synset: SynSet, image_encoder: str, trains: str, resul
         "results": results,
     }
     return {**row, "looks": looks} if looks else row
+
+
+def _took_part(synset: SynSet, image_encoder: str) -> bool:
+    """Whether the pairs were learned through this encoder, alone or among others."""
+    names = synset.settings.get("image_encoder")
+    names = names if isinstance(names, list) else [names]
+    return synset.settings["method"].startswith("distilled") and image_encoder in names
 
 
 def as_numbers(row: dict) -> dict:

@@ -43,7 +43,7 @@ def choose_rates(
     for extension in range(EXTENSIONS + 1):
         candidates = dict.fromkeys([*filter(None, own.values()), *itertools.starmap(Rates, itertools.product(*grids))])
         new = [(name, rates) for name in own for rates in candidates if rates not in found[name]]
-        recalls = ranks.spread(lambda candidate: _finite(recall, *candidate), new)
+        recalls = ranks.spread(lambda candidate: _finite(recall, *candidate), new, "search for rates")
         for (name, rates), value in zip(new, recalls, strict=True):
             found[name][rates] = value
             if value == -math.inf:
