@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 import buffer
 import distill
 import evaluate
 from data.demo import make_demo
 from networks.text_encoder import SHORT_NAMES
+from utils.report import charts, write_run_page
 
 QUICK_BUFFER = ["--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [
@@ -75,11 +77,37 @@ def run_distill(tiny_argv, experts):
     return run
 
 
+RENDER = charts.svg
+
+
+def sketch(name: str, alt: str, draw, size=charts.SIZE) -> str:
+    """What stands for a chart: drawn on its axes, but not rendered, which takes a third of a second."""
+    draw(Figure(figsize=size, layout="constrained").add_subplot())
+    return charts._for_page('<svg viewBox="0 0 1 1"></svg>', name, alt)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketches():
+    """The charts of all pages but those of `rendered` and `straight` are no more than what they tell."""
+    charts.svg = sketch
+    yield
+    charts.svg = RENDER
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """Charts are rendered."""
+    monkeypatch.setattr(charts, "svg", RENDER)
+
+
 @pytest.fixture(scope="session")
 def straight(run_distill, tmp_path_factory):
-    """Run folder of four iterations, with a report."""
+    """Run folder of four iterations, with a report; its charts are rendered once, at the end."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
     assert run_distill(folder, "--Iteration", 4, "--report") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "svg", RENDER)
+        write_run_page(folder)
     return folder
 
 

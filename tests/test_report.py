@@ -125,7 +125,7 @@ def test_search_data_fits_its_captions(straight, page):
     assert embedded == search
 
 
-def test_coresets_are_compared(run_distill, straight, tmp_path, capsys):
+def test_coresets_are_compared(run_distill, straight, rendered, tmp_path, capsys):
     """Here the run's own initial pairs as if they were a coreset: its line is the initial one's."""
     coreset = tmp_path / "some_6.safetensors"
     shutil.copy(straight / "iteration_000000.safetensors", coreset)
