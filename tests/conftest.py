@@ -20,7 +20,7 @@ from utils.report import charts, write_run_page
 QUICK_BUFFER = ["--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [
     *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--max_start_epoch", "2", "--eval_it", "2"),
-    *("--num_eval", "2", "--epoch_eval_train", "2", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
+    *("--num_eval", "2", "--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
     *("--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1", "--disabled_wandb"),
 ]
 ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
