@@ -11,7 +11,7 @@ demo: $(VENV)/installed  ## experts, distillation and the comparison with real p
 		--all_data buffers
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(RUN) -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -15,9 +15,9 @@ ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; the order of sums depends on it
 
-# Files are run whole by one worker, which keeps what their fixtures made: the slowest first, so that all end together.
+# Files are run whole by one worker, which keeps what their fixtures made; the slowest first, so that all end together.
 SLOWEST = ["processes", "kills", "on_gpu", "inputs", "matching", "several_encoders", "picture_forms", "soft_targets"]
-PROCESSES = "ranks", "ranks_distill", "ranks_matching"  # forked off one process, see tests/processes.py
+PROCESSES = ["ranks", "ranks_distill", "ranks_matching"]  # forked off one process, see tests/processes.py
 
 
 def pytest_configure(config):
@@ -26,12 +26,23 @@ def pytest_configure(config):
         config.pluginmanager.import_plugin("tests.shared")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    def group(item):
-        name = item.path.stem.removeprefix("test_")
-        return "processes" if name in PROCESSES else name
+def group_of(nodeid):
+    name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+    return "processes" if name in PROCESSES else name
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: SLOWEST.index(group(item)) if group(item) in SLOWEST else len(SLOWEST))
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(group_of(item.nodeid), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
