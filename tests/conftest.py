@@ -11,6 +11,7 @@ QUICK_DISTILL = [
     *("--num_eval", "2", "--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
     *("--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1", "--disabled_wandb"),
 ]
+UNSCORED = ["--num_eval", "1", "--no_draw", "--eval_it", "99"]  # for runs of whose scores nothing is asked
 ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; the order of sums depends on it
