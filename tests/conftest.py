@@ -1,116 +1,49 @@
-"""A tiny data set and the command line that goes with it, shared by the tests."""
+"""The command line that goes with the tiny data set of tests/shared.py, and which worker runs which tests."""
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-
-import buffer
-import distill
-import evaluate
-from data.demo import make_demo
-from networks.text_encoder import SHORT_NAMES
 
 QUICK_BUFFER = ["--train_epochs", "2", "--batch_size_train", "60", "--lr_teacher_img", "0.01", "--disabled_wandb"]
 QUICK_DISTILL = [
     *("--num_queries", "6", "--mini_batch_size", "4", "--syn_steps", "2", "--max_start_epoch", "2", "--eval_it", "2"),
-    *("--num_eval", "2", "--epoch_eval_train", "2", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
+    *("--num_eval", "2", "--epoch_eval_train", "1", "--lr_img", "10", "--lr_txt", "1", "--lr_lr", "1e-4"),
     *("--lr_teacher_img", "0.01", "--lr_teacher_txt", "0.1", "--disabled_wandb"),
 ]
+UNSCORED = ["--num_eval", "1", "--no_draw", "--eval_it", "99"]  # for runs of whose scores nothing is asked
 ENCODER_WEIGHTS = Path(__file__).parents[1] / "networks/demo_nfnet.safetensors"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; the order of sums depends on it
-torch.set_num_threads(1)  # more only slow networks this small down
+
+# Files are run whole by one worker, which keeps what their fixtures made; the slowest first, so that all end together.
+SLOWEST = ["processes", "kills", "on_gpu", "inputs", "matching", "several_encoders", "picture_forms", "soft_targets"]
+PROCESSES = ["ranks", "ranks_distill", "ranks_matching"]  # forked off one process, see tests/processes.py
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """Folder of the data set "tiny": drawn scenes of 32 px, 24 / 8 / 8, five captions each."""
-    root = tmp_path_factory.mktemp("data") / "tiny"
-    make_demo(root, num_train=24, num_val=8, num_test=8, image_size=32)
-    for split in ("train", "val", "test"):
-        (root / f"demo_{split}.json").rename(root / f"tiny_{split}.json")
-    return root
+def pytest_configure(config):
+    """What deals the tests to workers does without what they import."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        config.pluginmanager.import_plugin("tests.shared")
 
 
-@pytest.fixture(scope="session")
-def tiny_argv(tiny_data, tmp_path_factory):
-    """Flags all scripts take for the data set "tiny" and the encoders of the demo; later flags override them."""
-    return [
-        *("--dataset", "tiny", "--image_root", str(tiny_data), "--ann_root", str(tiny_data), "--image_size", "32"),
-        *("--image_encoder", "test_nfnet", "--image_checkpoint", str(ENCODER_WEIGHTS), "--text_encoder", "demo"),
-        *("--text_pooling", "mean", "--num_workers", "0", "--device", "cpu"),
-        *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
-    ]
+def group_of(nodeid):
+    name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+    return "processes" if name in PROCESSES else name
 
 
-@pytest.fixture(scope="session")
-def run_buffer(tiny_argv):
-    def run(folder, *more):
-        return buffer.main([*tiny_argv, *QUICK_BUFFER, "--buffer_path", str(folder), *map(str, more)])
-
-    return run
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(group_of(item.nodeid), len(place)))
 
 
-@pytest.fixture(scope="session")
-def experts(run_buffer, tmp_path_factory):
-    """Buffer folder with two experts of two epochs."""
-    folder = tmp_path_factory.mktemp("buffer")
-    assert run_buffer(folder, "--num_experts", 2) == 0
-    return folder
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
 
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
 
-@pytest.fixture(scope="session")
-def run_distill(tiny_argv, experts):
-    def run(save_dir, *more):
-        """Without a report, unless --report is among `more`."""
-        argv = [*tiny_argv, *QUICK_DISTILL, "--buffer_path", str(experts), "--save_dir", str(save_dir)]
-        report = [] if "--report" in more else ["--no_report"]
-        return distill.main([*argv, *report, *map(str, more)])
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def straight(run_distill, tmp_path_factory):
-    """Run folder of four iterations, with a report."""
-    folder = tmp_path_factory.mktemp("runs") / "straight"
-    assert run_distill(folder, "--Iteration", 4, "--report") == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def save_bert():
-    """Writes a BERT of 16 features with the vocabulary of the demo; gives the folder's name."""
-
-    def save(folder, seed=5):
-        folder.mkdir()
-        for name in ("vocab.txt", "tokenizer_config.json"):
-            shutil.copy(Path(SHORT_NAMES["demo"]) / name, folder)
-        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        torch.manual_seed(seed)
-        config = transformers.BertConfig(vocab_size=134, max_position_embeddings=80, initializer_range=0.2, **size)
-        transformers.BertModel(config).save_pretrained(folder)
-        return str(folder)
-
-    return save
-
-
-@pytest.fixture(scope="session")
-def metrics():
-    """The lines of a run folder's metrics.jsonl."""
-    return lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def trained_on(monkeypatch):
-    """The sets that evaluate.py trains networks on."""
-    seen, score = [], evaluate.score
-    monkeypatch.setattr(
-        evaluate, "score", lambda synset, *args, looks: seen.append(synset) or score(synset, *args, looks)
-    )
-    return seen
+    config.option.loadscopereorder = False
+    return Groups(config, log)

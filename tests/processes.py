@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 SECONDS = 240  # until a test gives up
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["buffer", "coreset", "distill", "evaluate", "tests.unroll"])
+# What scripts import when they first need it too: each process would take seconds for it again.
+LATE = ["networks.timm_models", "networks.torchvision_models", "torchvision.transforms.v2", "torch._dynamo"]
+LATE += ["transformers.models.bert.modeling_bert", "matplotlib.backends.backend_agg"]
+CONTEXT.set_forkserver_preload(["buffer", "coreset", "distill", "evaluate", "tests.unroll", *LATE])
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import distill
+from tests.conftest import UNSCORED
 from tests.programs import error_line
 from tests.test_host_waits import Crossings
 from tests.unroll import Problem, check_matching, unroll
@@ -174,6 +175,7 @@ def last(folder):
 
 @pytest.mark.parametrize("more", [[], ["--ema_decay", 0.5, "--optimizer", "adam", "--lr_img", 0.1]])
 def test_a_run_with_views_resumes_exactly_and_differs_from_one_without(run_distill, tmp_path, more):
+    more = *more, *UNSCORED
     views = "--syn_aug", *more
     assert run_distill(tmp_path / "a", "--Iteration", 3, *views) == 0
     assert run_distill(tmp_path / "b", "--Iteration", 1, *views) == 0

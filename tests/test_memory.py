@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import distill
 from data.errors import InputError
+from tests.conftest import UNSCORED
 from utils.experts import Trajectory
 from utils.matching.memory import OutOfMemory, free_memory, guarded, pair_chunk_advice, plan_graphs, plan_pair_chunk
 from utils.matching.prefetch import Prefetch
@@ -40,7 +41,7 @@ def test_a_run_that_keeps_graphs_gives_the_same_set(run_distill, tmp_path, monke
     monkeypatch.setattr(distill, "mean_matching", seen)
     for name, host_bytes in (("all", 4e9), ("one", 0)):
         monkeypatch.setattr("utils.matching.memory.HOST_BYTES", host_bytes)
-        assert run_distill(tmp_path / name, "--Iteration", 1, "--syn_steps", 3) == 0
+        assert run_distill(tmp_path / name, "--Iteration", 1, "--syn_steps", 3, *UNSCORED) == 0
     assert kept == [3, 1]
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("all", "one"))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -84,13 +85,13 @@ def test_full_memory_names_the_flag_and_saves_the_set(run_distill, tmp_path, cap
         return real(*args, **student) if len(calls) == 1 else full()
 
     monkeypatch.setattr(distill, "mean_matching", second_is_full)
-    assert run_distill(tmp_path / "run", "--Iteration", 4, *flags) == 2
+    assert run_distill(tmp_path / "run", "--Iteration", 4, *flags, *UNSCORED) == 2
     out, err = capsys.readouterr()
     assert err.strip().splitlines()[-1] == f"error: CUDA is out of memory; give {advice}"
     assert "last good set is" in out and "stopped at iteration 1" in out
     assert (tmp_path / "run/last.safetensors").exists()
     monkeypatch.undo()
-    assert run_distill(tmp_path / "run", "--Iteration", 4, "--resume", "--pair_chunk", 2) == 0
+    assert run_distill(tmp_path / "run", "--Iteration", 4, "--resume", "--pair_chunk", 2, *UNSCORED) == 0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_chunk_that_was_not_given_is_halved_and_tried_again(run_distill, tmp_p
         return real(*args, pair_chunk=pair_chunk, **student)
 
     monkeypatch.setattr(distill, "mean_matching", four_do_not_fit)
-    assert run_distill(tmp_path / "run", "--Iteration", 3) == 0
+    assert run_distill(tmp_path / "run", "--Iteration", 3, *UNSCORED) == 0
     assert sizes == [None, None, 2, 2]
     assert "CUDA is out of memory with 4 pairs at a time; going on with 2" in capsys.readouterr().out
 
@@ -134,7 +135,7 @@ def test_memory_that_no_chunk_fits_saves_the_set(run_distill, tmp_path, capsys, 
         return real(*args, **student) if len(calls) == 1 else full()
 
     monkeypatch.setattr(distill, "mean_matching", second_is_full)
-    assert run_distill(tmp_path / "run", "--Iteration", 3) == 2
+    assert run_distill(tmp_path / "run", "--Iteration", 3, *UNSCORED) == 2
     out, err = capsys.readouterr()
     assert calls == [None, None, 2, 1] and "smaller --image_encoder" in err.strip().splitlines()[-1]
     assert "stopped at iteration 1" in out and (tmp_path / "run/state.safetensors").exists()
@@ -156,7 +157,7 @@ def test_full_memory_in_an_evaluation(run_distill, tmp_path, capsys, monkeypatch
 
 def test_chunks_distil_the_same_set(metrics, straight, run_distill, tmp_path):
     """test_nfnet has no dropout in its image tower, so that only the rounding differs."""
-    assert run_distill(tmp_path / "run", "--Iteration", 4, "--pair_chunk", 3) == 0
+    assert run_distill(tmp_path / "run", "--Iteration", 4, "--pair_chunk", 3, *UNSCORED) == 0
     losses = (
         [line["Grand_Loss"] for line in metrics(run) if "Grand_Loss" in line] for run in (straight, tmp_path / "run")
     )
@@ -164,7 +165,7 @@ def test_chunks_distil_the_same_set(metrics, straight, run_distill, tmp_path):
 
 
 def test_bf16_distils(metrics, run_distill, straight, tmp_path):
-    assert run_distill(tmp_path / "run", "--Iteration", 2, "--precision", "bf16") == 0
+    assert run_distill(tmp_path / "run", "--Iteration", 2, "--precision", "bf16", *UNSCORED) == 0
     first, exact = metrics(tmp_path / "run"), metrics(straight)
     loss, wanted = (next(line["Grand_Loss"] for line in lines if "Grand_Loss" in line) for lines in (first, exact))
     assert loss != wanted and loss == pytest.approx(wanted, rel=0.2)

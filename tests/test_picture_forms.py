@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import UNSCORED
 from tests.programs import error_line
 from tests.test_augmentation import Embedded
 from tests.unroll import NUM_PAIRS, Problem, check_matching, unroll
@@ -148,9 +149,9 @@ def first_and_last(folder):
 
 @pytest.mark.parametrize("more", [PYRAMID, LIMIT, (*PYRAMID, *LIMIT, *ADAM, *FIT, "--syn_aug"), (*LIMIT, *ADAM)])
 def test_a_run_begins_as_real_pictures_keeps_its_limit_and_resumes_exactly(run_distill, straight, tmp_path, more):
-    assert run_distill(tmp_path / "a", "--Iteration", 3, *more) == 0
-    assert run_distill(tmp_path / "b", "--Iteration", 1, *more) == 0
-    assert run_distill(tmp_path / "b", "--Iteration", 3, *more, "--resume") == 0
+    assert run_distill(tmp_path / "a", "--Iteration", 3, *more, *UNSCORED) == 0
+    assert run_distill(tmp_path / "b", "--Iteration", 1, *more, *UNSCORED) == 0
+    assert run_distill(tmp_path / "b", "--Iteration", 3, *more, *UNSCORED, "--resume") == 0
     first, last = first_and_last(tmp_path / "a")
     other_first, resumed = first_and_last(tmp_path / "b")
     plain = load_synset(straight / "iteration_000000.safetensors").image_syn
@@ -166,7 +167,7 @@ def test_a_run_begins_as_real_pictures_keeps_its_limit_and_resumes_exactly(run_d
 
 def test_what_is_learned_is_what_is_averaged_and_kept(run_distill, tmp_path):
     """The state holds levels; the set holds the rendered average of them."""
-    assert run_distill(tmp_path / "a", "--Iteration", 2, *PYRAMID, *LIMIT, *ADAM) == 0
+    assert run_distill(tmp_path / "a", "--Iteration", 2, *PYRAMID, *LIMIT, *ADAM, *UNSCORED) == 0
     _, last = first_and_last(tmp_path / "a")
     handle, _ = open_tensors(tmp_path / "a/state.safetensors", "distillation state")
     average, levels = handle.get_tensor("average/image_syn"), handle.get_tensor("image_syn")

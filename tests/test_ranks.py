@@ -118,6 +118,7 @@ def end_with(how):
     ],
 )
 def test_all_end_with_one_line(how, codes, line, tmp_path):
+    run_ranks(tmp_path / "none", 1, int)  # starts what they are forked off, if none has yet
     started = time.monotonic()
     ended = run_ranks(tmp_path, 2, end_with, how)
     assert [end.code for end in ended] == codes

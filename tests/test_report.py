@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 from tests.report_page import Page, picture, pixels
+from utils.report import write_run_page
 from utils.report.folder import read_history
 from utils.sets import load_synset
 
@@ -125,11 +126,13 @@ def test_search_data_fits_its_captions(straight, page):
     assert embedded == search
 
 
-def test_coresets_are_compared(run_distill, straight, tmp_path, capsys):
+def test_coresets_are_compared(run_distill, straight, tmp_path, request):
     """Here the run's own initial pairs as if they were a coreset: its line is the initial one's."""
     coreset = tmp_path / "some_6.safetensors"
     shutil.copy(straight / "iteration_000000.safetensors", coreset)
     assert run_distill(tmp_path / "r", "--Iteration", 1, "--report", "--coreset", coreset) == 0
+    request.getfixturevalue("rendered")
+    write_run_page(tmp_path / "r")
     known = json.loads((tmp_path / "r/report.json").read_text())
     initial = read_history(tmp_path / "r/metrics.jsonl").evaluations[0]["r_mean"]
     assert known["coresets"][0]["mean"]["r_mean"] == pytest.approx(initial)

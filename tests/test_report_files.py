@@ -155,7 +155,7 @@ def test_an_error_in_the_picture_grid_is_one_warning(run_distill, tmp_path, caps
 # ---- the page of a table, and wandb
 
 
-def test_report_of_evaluated_sets(straight, tmp_path, capsys):
+def test_report_of_evaluated_sets(straight, rendered, tmp_path, capsys):
     other = tmp_path / "elsewhere.safetensors"
     shutil.copy(straight / "iteration_000004.safetensors", other)
     sets = [str(straight / "last.safetensors"), str(straight / "iteration_000000.safetensors"), str(other)]

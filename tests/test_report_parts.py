@@ -52,7 +52,7 @@ def test_search_ranks_by_brute_force():
         assert ranked["first"] == sorted(range(12), key=lambda i: -scores[i])[:5]
 
 
-def test_page_of_100_pairs_at_224_pixels_stays_below_15_mb(tmp_path):
+def test_page_of_100_pairs_at_224_pixels_stays_below_15_mb(tmp_path, rendered):
     """Pictures of noise, which no compression helps: the worst case."""
     for name, iteration, seed in (("iteration_000000", 0, 0), ("best", 7, 1)):
         save_synset(tmp_path / f"{name}.safetensors", made_up(100, 224, iteration, seed))
