@@ -242,6 +242,20 @@ SETTINGS = {
         "distill": {**LORS, **HEADS, **FAST, "sim_type": "full", "ema_decay": 0.99, "shortcut": 5},
     },
     "demo": {
+        "buffer": {
+            **{**HEADS, "num_experts": 6, "train_epochs": 3, "mom": 0.9, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
+        },
+        "coreset": {**HEADS, "train_epochs": 3, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
+        "distill": {
+            **{**HEADS, "pix_param": "mixture", "pix_words": 1000, "pix_init": "kmeans", "segments": 1},
+            **{"max_start_epoch": 1, "expert_epochs": 3, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
+            **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.1, "student_momentum": 0.9},
+            **{"mini_batch_size": 50, "batch_order": "permutation", "student_temperature": 0.14, "ema_decay": 0.9},
+            **{"Iteration": 400, "epoch_eval_train": 100, "batch_train": 128, "temperature": 0.14},
+            **{"syn_steps": 16, "eval_it": 100, "num_eval": 3},
+        },
+    },
+    "demo_whole": {
         "buffer": {"no_aug": True, "num_experts": 2, "train_epochs": 3, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
         "coreset": {
             "no_aug": True,
@@ -268,7 +282,7 @@ def test_a_recipe_sets_what_it_names_and_nothing_else(name, recipe):
     expected = SETTINGS[recipe].get(name, {})
     assert {key: args[key] for key in expected} == expected
     outer = (
-        {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe in ("adam", "portable") else set()
+        {"lr_img", "lr_txt", "lr_lr", "lr_sim"} if recipe in ("adam", "portable", "demo") else set()
     )  # those of the optimizer
     changed = {key for key in args if args[key] != usual[key]} - {"recipe"} - outer
     assert changed <= expected.keys()
@@ -319,7 +333,7 @@ def test_defaults_work_together(argv):
         "name",
         "loss_type",
     }  # students of WBCE follow experts of InfoNCE
-    same -= {"lr_teacher_img", "lr_teacher_txt"} if argv else set()  # set apart on purpose
+    same -= {"lr_teacher_img", "lr_teacher_txt", "temperature"} if argv else set()  # set apart on purpose
     assert {key: getattr(args, key) for key in same} == {key: getattr(experts, key) for key in same}
 
 

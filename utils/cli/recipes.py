@@ -14,6 +14,16 @@ LORS = {
 }
 HEADS = {"image_trainable": False, "only_has_image_projection": True}
 FITTED = {"lr_teacher_img": FIT, "lr_teacher_txt": FIT}
+# Learned texts and mixtures of real pictures (docs/notebook/transfer.md).
+PORTABLE = {
+    **{**HEADS, "pix_param": "mixture", "pix_words": 1000, "pix_init": "kmeans", "segments": 2},
+    # From the experts' start alone, as networks that train on the set; rates that Adam raises soon.
+    **{"max_start_epoch": 1, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.03},
+    **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.05, "student_momentum": 0.9},
+    **{"mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07, "ema_decay": 0.9},
+    # Networks that train on the set at 0.14 reach more than at 0.07, experts less.
+    **{"Iteration": 150, "epoch_eval_train": 100, "batch_train": 128, "temperature": 0.14},
+}
 TEACHERS_OF_DEMO = {"lr_teacher_img": 0.03, "lr_teacher_txt": 0.1}
 
 
@@ -50,18 +60,21 @@ RECIPES = {
         "help": "texts and mixtures of 1,000 real pictures, for encoders that take no part too",
         "buffer.py": HEADS,
         "coreset.py": HEADS,
-        "distill.py": {
-            **{**HEADS, "pix_param": "mixture", "pix_words": 1000, "pix_init": "kmeans", "segments": 2},
-            # From the experts' start alone, as networks that train on the set; rates that Adam raises soon.
-            **{"max_start_epoch": 1, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.03},
-            **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.05, "student_momentum": 0.9},
-            **{"mini_batch_size": 20, "batch_order": "permutation", "student_temperature": 0.07, "ema_decay": 0.9},
-            # Networks that train on the set at 0.14 reach more than at 0.07, experts less (docs/notebook/transfer.md).
-            **{"Iteration": 150, "epoch_eval_train": 100, "batch_train": 128, "temperature": 0.14},
-        },
+        "distill.py": PORTABLE,
     },
     "demo": {
-        "help": "short runs, the default of --dataset demo",
+        "help": "portable for the drawn scenes, the default of --dataset demo",
+        "buffer.py": {**HEADS, **TEACHERS_OF_DEMO, "mom": 0.9, "num_experts": 6, "train_epochs": 3},
+        "coreset.py": {**HEADS, **TEACHERS_OF_DEMO, "train_epochs": 3},
+        # Experts learn slower here than over encoders that saw photographs: more steps, to a later epoch.
+        "distill.py": {
+            **{**PORTABLE, **TEACHERS_OF_DEMO, "expert_epochs": 3, "syn_steps": 16, "segments": 1, "lr_lr": 0.1},
+            **{"mini_batch_size": 50, "student_temperature": 0.14, "Iteration": 400, "eval_it": 100, "num_eval": 3},
+        },
+        "evaluate.py": {"num_eval": 3, "grid_img": [0.1, 0.3], "grid_txt": [0.3, 1.0]},
+    },
+    "demo_whole": {
+        "help": "short runs of whole networks on the drawn scenes",
         # A flipped picture would make "left of" wrong.
         "buffer.py": {"no_aug": True, "num_experts": 2, "train_epochs": 3, **TEACHERS_OF_DEMO},
         "coreset.py": {"no_aug": True, "num_queries": 50, "train_epochs": 3, **TEACHERS_OF_DEMO},
