@@ -335,7 +335,7 @@ def write_tables(rows: list[dict], args) -> None:
         print(line)
     # Of several image encoders the same in short, last: what a reader looks for first.
     if short := encoder_table(rows):
-        print(f"\nIn brackets the share of {ALL_DATA}, with * on an encoder that the pairs were learned through:\n\n{short}")
+        print(f"\nin brackets the share of {ALL_DATA}; * on an encoder that the pairs were learned through:\n\n{short}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Recalls as tables: means over networks, the Markdown table, its numbers, and how sets compare in one line.
 
 A row is a dict: `set` (a path, or "all data"), `method`, `image_encoder`, `trains` and `results`, the recalls of each
-network. A set's row also has `pairs`, the `pictures` and `megabytes` that it holds, `rates`, `loss_type`, `took_part`, whether
-it was learned through that encoder, and `texts`, how its texts were made (a key of `TEXTS`), and `looks` if the best of
-some looks at the test split is among its numbers; that of all data has `experts` and their `epochs`.
+network. A set's row also has `pairs`, the `pictures` and `megabytes` that it holds, `took_part`, whether it was learned
+through that encoder, `rates`, `loss_type` and `texts`, how its texts were made (a key of `TEXTS`), and `looks` if the
+best of some looks at the test split is among its numbers; that of all data has `experts` and their `epochs`.
 """
 
 import statistics
