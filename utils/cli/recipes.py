@@ -70,9 +70,9 @@ RECIPES = {
         "distill.py": {
             **{**PORTABLE, **TEACHERS_OF_DEMO, "expert_epochs": 3, "syn_steps": 16, "segments": 1, "lr_lr": 0.1},
             **{"mini_batch_size": 50, "student_temperature": 0.14, "ema_decay": 0.97, "Iteration": 500},
-            **{"eval_it": 100, "num_eval": 3},
+            **{"eval_it": 125, "num_eval": 3},
         },
-        "evaluate.py": {"num_eval": 3, "grid_img": [0.1, 0.3], "grid_txt": [0.3, 1.0]},
+        "evaluate.py": {"num_eval": 3, "grid_img": [0.03], "grid_txt": [0.03]},  # beside the own rates of each set
     },
     "demo_whole": {
         "help": "short runs of whole networks on the drawn scenes",
