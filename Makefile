@@ -4,22 +4,25 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint
 
-ENCODERS := --image_encoder test_nfnet test_efficientnet \
-	--image_checkpoint networks/demo_nfnet.safetensors networks/demo_efficientnet.safetensors
+SECOND := --image_encoder test_efficientnet --image_checkpoint networks/demo_efficientnet.safetensors
+BOTH := --image_encoder test_nfnet test_efficientnet \
+	--image_checkpoint networks/demo_nfnet.safetensors networks/demo_efficientnet.safetensors \
+	--image_trainable False --only_has_image_projection
 
-# Networks this small are twice as fast on one thread as on two.
 demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/installed  ## 100 pairs learned from 3,000 drawn pictures, against real pairs and all data, on two encoders
-	@echo "1 of 4: experts on all pairs, over two small image encoders. 5 minutes are left."
-	$(RUN) buffer.py --dataset demo --disabled_wandb $(ENCODERS)
-	@echo "2 of 4: real pairs to compare with, by chance and by herding. 4 minutes are left."
-	$(RUN) coreset.py --dataset demo --method random --save_dir runs/coresets
-	$(RUN) coreset.py --dataset demo --method herding --save_dir runs/coresets
-	@echo "3 of 4: 100 pairs are learned through test_nfnet. 3 minutes are left."
-	$(RUN) distill.py --dataset demo --disabled_wandb --save_dir runs/demo
-	@echo "4 of 4: new networks train on each set, on test_nfnet and on an encoder that took no part. 1 minute is left."
+	@echo "1 of 3: experts on all pairs, over a small image encoder. 5 minutes are left."
+	$(RUN) buffer.py --dataset demo --disabled_wandb
+	@echo "2 of 3: 100 pairs are learned through it. 4 minutes are left."
+	@echo "Beside it, on another core: real pairs to compare with, experts over a second encoder (runs/beside.log)."
+	mkdir -p runs; ( \
+		$(RUN) coreset.py --dataset demo --method random --save_dir runs/coresets && \
+		$(RUN) coreset.py --dataset demo --method herding --save_dir runs/coresets && \
+		$(RUN) buffer.py --dataset demo --disabled_wandb $(SECOND) \
+	) > runs/beside.log 2>&1 & $(RUN) distill.py --dataset demo --disabled_wandb --save_dir runs/demo && wait $$!
+	@echo "3 of 3: new networks train on each set, over both encoders; the second took no part. 1 minute is left."
 	$(RUN) evaluate.py --synset runs/coresets/random_100.safetensors runs/coresets/herding_100.safetensors \
-		runs/demo/best.safetensors $(ENCODERS) --tune_rates --all_data buffers
+		runs/demo/best.safetensors $(BOTH) --tune_rates --all_data buffers
 	@echo "Look at the pairs, their curves, and search with them: runs/demo/report.html"
 	@echo "Next, your own pictures in three commands: README.md"
 
