@@ -251,8 +251,8 @@ SETTINGS = {
             **{"max_start_epoch": 1, "expert_epochs": 3, "lr_teacher_img": 0.03, "lr_teacher_txt": 0.1},
             **{"optimizer": "adam", "lr_img": 0.005, "lr_txt": 0.1, "lr_lr": 0.1, "student_momentum": 0.9},
             **{"mini_batch_size": 50, "batch_order": "permutation", "student_temperature": 0.14, "ema_decay": 0.97},
-            **{"Iteration": 300, "epoch_eval_train": 100, "batch_train": 128, "temperature": 0.14},
-            **{"syn_steps": 16, "eval_it": 100, "num_eval": 3},
+            **{"Iteration": 250, "epoch_eval_train": 100, "batch_train": 128, "temperature": 0.14},
+            **{"syn_steps": 16, "eval_it": 125, "num_eval": 3},
         },
     },
     "demo_whole": {

@@ -69,8 +69,8 @@ RECIPES = {
         # Experts learn slower here than over encoders that saw photographs: more steps, to a later epoch.
         "distill.py": {
             **{**PORTABLE, **TEACHERS_OF_DEMO, "expert_epochs": 3, "syn_steps": 16, "segments": 1, "lr_lr": 0.1},
-            **{"mini_batch_size": 50, "student_temperature": 0.14, "ema_decay": 0.97, "Iteration": 300},
-            **{"eval_it": 100, "num_eval": 3},
+            **{"mini_batch_size": 50, "student_temperature": 0.14, "ema_decay": 0.97, "Iteration": 250},
+            **{"eval_it": 125, "num_eval": 3},
         },
         "evaluate.py": {"num_eval": 3, "grid_img": [0.03], "grid_txt": [0.03]},  # beside the own rates of each set
     },
