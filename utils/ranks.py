@@ -159,7 +159,7 @@ def spread(call: Callable, items: Sequence, title: str | None = None) -> list:
     Within a call there is one rank. `title` is that of a progress bar over this rank's calls; None for none.
     """
     ranks, own, last = count(), rank(), len(items) - 1
-    numbers = [i for i in range(len(items)) if (last - i) % ranks == own]
+    numbers = [i for i in range(len(items)) if ranks == 1 or (last - i) % ranks == own]  # 1: of one that is alone too
     bar = tqdm(numbers, desc=title, leave=False, disable=None if title else True, position=own)
     if ranks == 1:
         return [call(items[i]) for i in bar]
