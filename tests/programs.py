@@ -1,5 +1,7 @@
 """Programs run in the tests' own process, and what they print."""
 
+import itertools
+
 import pytest
 
 import evaluate
@@ -40,8 +42,10 @@ def input_error(call, *args, **kwargs):
 
 
 def table(text):
-    """Cells of the head, and of the rows, of the Markdown table in `text`."""
-    head, rule, *rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    """Cells of the head, and of the rows, of the first Markdown table in `text`."""
+    parts = itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|"))
+    lines = next(list(lines) for is_table, lines in parts if is_table)
+    head, rule, *rows = [line.strip("|").split("|") for line in lines]
     assert not "".join(rule).replace("-", "").strip() and {len(row) for row in [rule, *rows]} <= {len(head)}
     head, *rows = [[cell.strip() for cell in row] for row in [head, *rows]]
     return head, rows

@@ -277,7 +277,7 @@ def test_demo_dataset_is_made_on_first_use(tmp_path, monkeypatch):
     quick = ["--dataset", "demo", "--disabled_wandb", "--train_epochs", "1", "--num_experts", "1"]
     assert buffer.main(quick) == 0
     assert (tmp_path / "demo_data/demo_train.json").exists()
-    assert (tmp_path / "buffers/demo/test_nfnet/demo/expert_000.safetensors").exists()
+    assert (tmp_path / "buffers/demo/test_nfnet_heads/demo/expert_000.safetensors").exists()
 
 
 # ---- evaluate.py

@@ -175,7 +175,8 @@ def test_a_set_of_two_encoders_is_learned_resumed_and_scored(run, tiny_data, tmp
     assert [row["image_encoder"] for row in rows] == ["test_nfnet", "test_resnet"]
     assert [row["rates"] for row in rows] == [pytest.approx(a.rates[row["image_encoder"]]) for row in rows]
     assert {row["pictures"] for row in rows} == {10 if "mixture" in more else len(a.captions)}
-    assert len(table(capsys.readouterr().out)[1]) == 2
+    out = capsys.readouterr().out
+    assert len(table(out)[1]) == 2 and out.splitlines()[-1].count(" *") == 2  # both took part
     if "mixture" in more:  # its folder holds what its file does
         assert score_sets("--synset", tmp_path / "a/last.safetensors", "--export", tmp_path / "f") == 0
         places = "--image_root", tiny_data, "--ann_root", tiny_data
