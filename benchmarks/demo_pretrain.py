@@ -1,5 +1,7 @@
 """Makes networks/demo_nfnet.safetensors, the pretrained image encoder of the demo: python -m benchmarks.demo_pretrain
 
+The second one: --image_encoder test_efficientnet --output networks/demo_efficientnet.safetensors
+
 As ImageNet weights are for photographs, it comes from naming single things: the encoder classifies drawn pictures
 of one thing by shape, colour, size, background and pattern. It sees no caption and no scene of the demo data.
 """
@@ -38,7 +40,7 @@ def draw_batch(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="benchmarks.demo_pretrain", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="benchmarks.demo_pretrain", description=__doc__.rpartition("\n\n")[2])
     parser.add_argument("--image_encoder", default="test_nfnet", help="any timm model")
     timm_arguments = {"nargs": "+", "type": cli.key_value, "metavar": "KEY=VALUE", "default": []}
     parser.add_argument("--image_kwargs", **timm_arguments, help="arguments of timm.create_model")
