@@ -76,6 +76,8 @@ def test_table_of_several_encoders_has_shares_and_marks_those_that_took_part():
         "| last | 5 | 6.0 ± 0.0 (0.75) * | 5.0 ± 0.0 |",
         "| all data (1 expert, 3 epochs) | all | 8.0 ± 0.0 |  |",
     ]
+    of_nothing = [*own, *others[:1], row("all data", "n", 0.0, experts=1, epochs=3)]
+    assert "| real | 5 | 2.0 ± 1.0 |  |" in encoder_table(of_nothing)
 
 
 # ---- --looks
