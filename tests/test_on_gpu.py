@@ -184,7 +184,15 @@ def test_one_that_does_not_stop_is_ended(tmp_path, sections, monkeypatch):
     assert "not run" in tables["The card"]["third"]
 
 
-def test_ctrl_c_ends_both(tmp_path, sections, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, as in a program that a person starts; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_both(tmp_path, sections, interruptible, capsys):
     def interrupt():
         (tmp_path / "child").write_text(str(os.getpid()))
         os.kill(os.getppid(), signal.SIGINT)
